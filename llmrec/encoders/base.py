@@ -1,0 +1,215 @@
+"""Base of sequence encoders: history of item ids -> states; one file of this folder per encoder.
+
+An encoder file holds a config, a `SequenceEncoder` subclass with `forward`, a `PAPER` and one registration line
+(`register(MyConfig, MyEncoder)`). Encoders compute representations, not losses: objectives live in
+`llmrec.strategies`. By inheritance an encoder is a `GateProvider`, a `CatalogueScorer` and a `DenseScorer`.
+
+Shapes: item_ids [B, L] right padded with 0, lengths [B] >= 1, hidden [B, L, d], scores [B, I+1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from llmrec.blocks.readout import gather_last, top_items
+from llmrec.data.schema import Ranking
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from llmrec.data.schema import DataContext, SequenceBatch
+
+
+class SequenceEncoderConfig(PreTrainedConfig):
+    """Fields every encoder has; subclasses add their own as annotated class attributes with defaults.
+
+    Args:
+        num_items: I; set from the data set.
+        num_users: U, for the few encoders with a user table; set from the data set.
+        hidden_size: d, width of hidden states and item vectors.
+        max_history: The longest input; longer histories keep their latest events.
+        dropout: Dropout probability.
+        similarity: "dot", or "cosine" (both sides L2-normalised).
+        temperature: Scores are divided by it; leave at 1 for "dot".
+        initializer_range: Standard deviation of normal initial weights.
+        dataset_fingerprint: Data set the encoder was trained on; set on saving.
+    """
+
+    model_type = "llmrec_encoder"
+
+    num_items: int = 1
+    num_users: int = 0
+    hidden_size: int = 64
+    max_history: int = 50
+    dropout: float = 0.1
+    similarity: Literal["dot", "cosine"] = "dot"
+    temperature: float = 1.0
+    initializer_range: float = 0.02
+    dataset_fingerprint: str | None = None
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What `forward` returns.
+
+    Args:
+        hidden: [B, L, d], one state per position.
+        user_repr: [B, d], the state after the last event.
+        parts: Auxiliary losses and diagnostics, named scalars or tensors.
+    """
+
+    hidden: Tensor | None = None
+    user_repr: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
+
+
+class SequenceEncoder(PreTrainedModel, ABC):
+    """Base class; subclasses define `forward` and, for a tied item table, an attribute `item_embedding`.
+
+    Class attributes:
+        uses: Batch fields the encoder cannot do without, such as {"timestamps"}; `llmrec check` tests for them.
+        optional: Batch fields it takes when they are there.
+        causal: Whether state t depends on events <= t only.
+        supervises: "all" positions can be supervised, or only the "last".
+        trainable: False for counting baselines, which are complete after `from_context`.
+    """
+
+    config_class = SequenceEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "item_ids"
+    _supports_sdpa = True
+
+    uses: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()
+    causal: ClassVar[bool] = True
+    supervises: ClassVar[Literal["all", "last"]] = "all"
+    trainable: ClassVar[bool] = True
+
+    item_embedding: nn.Embedding
+
+    @classmethod
+    def from_context(cls, config: SequenceEncoderConfig, context: DataContext) -> Self:
+        """A fresh encoder for a data set; counts, graphs and levels it needs become persistent buffers."""
+        return cls(config)
+
+    @abstractmethod
+    def forward(
+        self, item_ids: Tensor, lengths: Tensor, *, item_embeds: Tensor | None = None, **features: Tensor
+    ) -> EncoderOutput:
+        """States of a batch.
+
+        Args:
+            item_ids: [B, L] right padded with 0.
+            lengths: [B].
+            item_embeds: [B, L, d] used instead of the item table (distilled or mixed inputs).
+            **features: The batch fields named in `uses` and `optional`.
+        """
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, initializer_range) weights, zero biases, unit norms, zero padding row."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            if module.weight is not None:
+                nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def inputs(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """Arguments of `forward` taken from a batch.
+
+        Raises:
+            KeyError: The batch lacks a field of `uses`.
+        """
+        fields: dict[str, Any] = {"item_ids": batch["item_ids"], "lengths": batch["lengths"]}
+        for name in sorted(self.uses):
+            if name not in batch:
+                raise KeyError(f"{type(self).__name__} needs batch[{name!r}]; the batch has {sorted(batch)}")
+            fields[name] = batch[name]  # type: ignore[literal-required]
+        fields.update({name: batch[name] for name in sorted(self.optional) if name in batch})  # type: ignore[literal-required]
+        return fields
+
+    @property
+    def gate_dim(self) -> int:
+        """Width of the vectors handed to a router."""
+        return int(self.config.hidden_size)
+
+    def user_representation(self, batch: SequenceBatch) -> Tensor:
+        """[B, d]: the state after the last event."""
+        return self(**self.inputs(batch)).user_repr
+
+    def position_representations(self, batch: SequenceBatch) -> Tensor:
+        """[B, L, d], causal states.
+
+        Raises:
+            TypeError: The encoder is not causal, so its states would leak later events.
+        """
+        if not self.causal:
+            raise TypeError(f"{type(self).__name__} is not causal: per-position gates would see later events")
+        return self(**self.inputs(batch)).hidden
+
+    def represent(self, batch: SequenceBatch) -> Tensor:
+        """[B, L, d] hidden states, ready for `score`."""
+        return self(**self.inputs(batch)).hidden
+
+    def item_vectors(self) -> Tensor:
+        """[I+1, d] table items are scored against; row 0 is zero."""
+        weight = self.item_embedding.weight
+        keep = torch.ones(len(weight), 1, dtype=weight.dtype, device=weight.device)
+        keep[0] = 0
+        return weight * keep
+
+    def score(self, user_repr: Tensor, item_ids: Tensor | None = None) -> Tensor:
+        """[..., d] -> [..., I+1]; with item_ids [..., C] or [C] -> [..., C]. Padding is not masked here."""
+        if item_ids is None or item_ids.dim() == 1:
+            table = self.item_vectors() if item_ids is None else self.item_embedding.weight[item_ids]
+            if self.config.similarity == "cosine":
+                user_repr, table = F.normalize(user_repr, dim=-1), F.normalize(table, dim=-1)
+            return user_repr @ table.to(user_repr.dtype).T / self.config.temperature
+        table = self.item_vectors()[item_ids].to(user_repr.dtype)  # [..., C, d]
+        if self.config.similarity == "cosine":
+            user_repr, table = F.normalize(user_repr, dim=-1), F.normalize(table, dim=-1)
+        return (table * user_repr.unsqueeze(-2)).sum(-1) / self.config.temperature
+
+    def score_items(self, batch: SequenceBatch) -> Tensor:
+        """[B, I+1] float32, column 0 -inf; seen items are not masked here."""
+        scores = self.score(self.user_representation(batch)).float()
+        return scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
+
+    def score_candidates(self, batch: SequenceBatch) -> Tensor:
+        """[B, C] float32, -inf at padding candidates."""
+        scores = self.score(self.user_representation(batch), batch["candidates"]).float()
+        return scores.masked_fill(batch["candidates"] == 0, float("-inf"))
+
+    def recommend(self, batch: SequenceBatch, k: int) -> Ranking:
+        """The k best items per row; honours `seen` and `candidates`."""
+        candidates = batch.get("candidates")
+        scores = self.score_items(batch) if candidates is None else self.score_candidates(batch)
+        return Ranking(*top_items(scores, k, seen=batch.get("seen"), candidates=candidates))
+
+    @staticmethod
+    def last_state(hidden: Tensor, lengths: Tensor) -> Tensor:
+        """[B, L, d], [B] -> [B, d]."""
+        return gather_last(hidden, lengths)
+
+
+def register(config_class: type[SequenceEncoderConfig], encoder_class: type[SequenceEncoder]) -> None:
+    """Make `AutoConfig` and `AutoModel` know an encoder; called once at the end of each encoder file."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, encoder_class, exist_ok=True)

@@ -1,0 +1,212 @@
+"""The result of an evaluation: the per-user table, its metrics with intervals, how they are recorded and printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmrec.errors import CheckFailed, DataError, RecipeError
+from llmrec.evaluation.intervals import bootstrap_means
+from llmrec.evaluation.protocol import SAMPLED_NOTE, EvalProtocol
+from llmrec.evaluation.ranking import list_statistics
+from llmrec.evaluation.tables import FORMAT_VERSION, VALID_RATIO, metric_values, write_predictions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXACT_RANKS, ANSWERS = "exact ranks", "answers"
+Estimate = dict[str, float | None]
+"""{"mean", "low", "high"}; low and high are null for statistics of the whole catalogue (coverage, gini), which are
+not means over users, so that resampling users would shift them."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation of one system found.
+
+    Args:
+        name: The system.
+        predictions: The per-user table (`SCHEMA`).
+        metrics: Metric name -> {"mean", "low", "high"}.
+        protocol: The resolved protocol.
+        fingerprint: Fingerprint of protocol and data set.
+        dataset: Fingerprint of the data set.
+        users: Number of users.
+        measured: "exact ranks", "answers", or "top-20 lists" where a system only gives lists.
+        notes: Remarks, such as rows put aside.
+    """
+
+    name: str
+    predictions: pa.Table
+    metrics: dict[str, Estimate]
+    protocol: EvalProtocol
+    fingerprint: str
+    dataset: str
+    users: int
+    measured: str = EXACT_RANKS
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def seed(self) -> int:
+        """First draw of candidates."""
+        return self.protocol.seeds[0]
+
+    @property
+    def label(self) -> str:
+        """The protocol's label, with the way of measuring where it is not by exact ranks."""
+        label = self.protocol.label()
+        return label if self.measured in (EXACT_RANKS, ANSWERS) else f"{label}, by {self.measured}"
+
+    def info(self) -> dict[str, Any]:
+        """What is stored in the metadata of the table."""
+        return {
+            "format": FORMAT_VERSION,
+            "system": self.name,
+            "protocol": self.protocol.to_dict(),
+            "label": self.label,
+            "fingerprint": self.fingerprint,
+            "dataset": self.dataset,
+            "measured": self.measured,
+        }
+
+    def save(self, folder: str | Path, system_name: str | None = None) -> dict[str, Any]:
+        """Write `folder`/predictions/<system>.parquet and return the JSON record of this system.
+
+        Raises:
+            RecipeError: The system's name cannot be a file name.
+        """
+        name = system_name or self.name
+        if not name or name.startswith(".") or not all(c.isalnum() or c in "._+-" for c in name):
+            raise RecipeError(f"system name {name!r} must consist of letters, digits and . _ + -")
+        path = Path(folder) / "predictions" / f"{name}.parquet"
+        write_predictions(self.predictions, path, {**self.info(), "system": name})
+        return results_record({name: self})
+
+
+def summarise(
+    table: pa.Table,
+    protocol: EvalProtocol,
+    *,
+    train_counts: np.ndarray | None = None,
+    exact: np.ndarray | None = None,
+    interval_seed: int = 0,
+) -> dict[str, Estimate]:
+    """All metrics of a table with 95% bootstrap intervals over users.
+
+    Args:
+        table: Per-user table.
+        protocol: Gives the cuts.
+        train_counts: [I+1]; adds coverage, novelty and gini of the top-k lists (full ranking only).
+        exact: [n] answers that equal the target's title; adds exact_match.
+        interval_seed: Seed of the resampling.
+    """
+    users = table.column("user").to_numpy()
+    names = [f"{kind}@{k}" for k in protocol.cuts for kind in ("hr", "ndcg", "mrr") if protocol.mode == "score"]
+    if protocol.mode == "generate":
+        names = ["hr@1", VALID_RATIO]
+    columns = [metric_values(table, name) for name in names]
+    if exact is not None:
+        names, columns = [*names, "exact_match"], [*columns, exact.astype(np.float64)]
+    intervals = bootstrap_means(np.stack(columns, axis=1), interval_seed, users=users)
+    metrics: dict[str, Estimate] = {
+        name: {**interval.to_dict()} for name, interval in zip(names, intervals, strict=True)
+    }
+    if train_counts is not None and protocol.num_candidates is None and protocol.mode == "score":
+        metrics |= _catalogue_metrics(table, protocol, users, train_counts, interval_seed)
+    return metrics
+
+
+def _catalogue_metrics(
+    table: pa.Table, protocol: EvalProtocol, users: np.ndarray, train_counts: np.ndarray, interval_seed: int
+) -> dict[str, Estimate]:
+    column = table.column("items").combine_chunks()
+    lengths = column.value_lengths().to_numpy()
+    lists = np.zeros((len(lengths), max(protocol.cuts)), dtype=np.int64)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    inside = places < lists.shape[1]
+    lists[rows[inside], places[inside]] = column.flatten().to_numpy()[inside]
+    metrics: dict[str, Estimate] = {}
+    for k in protocol.cuts:
+        statistics = list_statistics(lists[:, :k], train_counts)
+        metrics[f"coverage@{k}"] = {"mean": statistics.coverage, "low": None, "high": None}
+        filled = np.isfinite(statistics.novelty)
+        if filled.any():
+            novelty = bootstrap_means(statistics.novelty[filled], interval_seed, users=users[filled])[0]
+            metrics[f"novelty@{k}"] = {**novelty.to_dict()}
+        metrics[f"gini@{k}"] = {"mean": statistics.gini, "low": None, "high": None}
+    return metrics
+
+
+def results_record(results: Mapping[str, EvalResult]) -> dict[str, Any]:
+    """JSON record of several systems measured under one protocol.
+
+    Raises:
+        CheckFailed: Their fingerprints differ, so their numbers must not share a table.
+        DataError: There are no results.
+    """
+    if not results:
+        raise DataError("no results to report", expected="at least one evaluated system")
+    kinds = {result.fingerprint: f"{name}: {result.protocol.label()}" for name, result in results.items()}
+    if len(kinds) > 1:
+        shown = "; ".join(f"{label} [{fingerprint}]" for fingerprint, label in kinds.items())
+        raise CheckFailed(
+            f"these numbers answer different questions and must not share a table: {shown}. "
+            "Evaluate the systems under one protocol on one data set."
+        )
+    first = next(iter(results.values()))
+    record = {
+        "protocol": first.protocol.label(),
+        "protocol_fields": first.protocol.to_dict(),
+        "fingerprint": first.fingerprint,
+        "dataset": first.dataset,
+        "users": first.users,
+        "examples": first.predictions.num_rows,
+        "seed": first.seed,
+        "models": {name: result.metrics for name, result in results.items()},
+        "measured": {name: result.measured for name, result in results.items()},
+        "notes": {name: list(result.notes) for name, result in results.items() if result.notes},
+    }
+    if first.protocol.num_candidates is not None:
+        record["warning"] = SAMPLED_NOTE
+    return record
+
+
+def print_results(record: Mapping[str, Any], console: Console, metrics: Sequence[str] | None = None) -> None:
+    """Print a record as a table: a row a system, intervals beside the means, protocol and fingerprint below.
+
+    Args:
+        record: From `results_record`.
+        console: Where to print.
+        metrics: Columns; by default the accuracy metrics at the cut 10 (or the largest) and what answers add.
+    """
+    from rich.table import Table
+
+    cuts = record["protocol_fields"]["ks"]
+    cut = 10 if 10 in cuts else max(cuts)
+    present = list(dict.fromkeys(name for values in record["models"].values() for name in values))
+    usual = ("hr@1", f"hr@{cut}", f"ndcg@{cut}", f"mrr@{cut}", f"coverage@{cut}", VALID_RATIO, "exact_match")
+    shown = list(metrics or [name for name in dict.fromkeys(usual) if name in present] or present)
+    caption = f"{record['protocol']}; {record['users']} users, 95% intervals; fingerprint {record['fingerprint']}"
+    if "warning" in record:
+        caption += f"\n{record['warning']}"
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("system", overflow="fold")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for system, values in record["models"].items():
+        measured = record["measured"].get(system, EXACT_RANKS)
+        marked = system if measured in (EXACT_RANKS, ANSWERS) else f"{system} (by {measured})"
+        table.add_row(marked, *(_cell(values.get(name)) for name in shown))
+    console.print(table)
+
+
+def _cell(value: Estimate | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.4f}" + ("" if value["low"] is None else f"\n{value['low']:.4f}-{value['high']:.4f}")
