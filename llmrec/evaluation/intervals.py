@@ -54,7 +54,8 @@ def user_sums(values: np.ndarray, users: np.ndarray | None) -> tuple[np.ndarray,
         values: [n] or [n, M].
         users: [n] user of each row; None when each row is a user.
     """
-    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    values = np.asarray(values, dtype=np.float64)
+    values = values[:, None] if values.ndim == 1 else values
     if users is None:
         return values, np.ones(len(values))
     _, place, counts = np.unique(users, return_inverse=True, return_counts=True)

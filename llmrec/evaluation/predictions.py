@@ -40,7 +40,7 @@ def load_predictions(path: str | Path) -> EvalResult:
     path = Path(path)
     if not path.is_file():
         raise DataError("no predictions here", file=path, expected="a file written by `llmrec evaluate`")
-    table = pq.read_table(path)
+    table = _open_parquet(path).read()
     info = read_info(table)
     if info is None or table.schema.names != SCHEMA.names:
         raise DataError(
@@ -65,7 +65,16 @@ def load_predictions(path: str | Path) -> EvalResult:
 
 def is_own_table(path: Path) -> bool:
     """Whether a file was written by `EvalResult.save`."""
-    return path.suffix == ".parquet" and path.is_file() and b"llmrec" in (pq.read_schema(path).metadata or {})
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    return b"llmrec" in (_open_parquet(path).schema_arrow.metadata or {})
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise DataError(f"cannot be read as .parquet: {error}", file=path) from error
 
 
 def score_predictions(
@@ -110,7 +119,10 @@ def score_predictions(
     tables = []
     for seed in draws:
         drawn = with_drawn_candidates(dataset, examples, protocol, seed)
-        found = _measure_ranks(given, rows, protocol) if lists is None else _measure_lists(lists, rows, drawn, protocol)
+        if lists is None:
+            found = _measure_ranks(given, rows, protocol)
+        else:
+            found = _measure_lists(given, lists, rows, drawn, protocol)
         tables.append(_table(dataset, drawn, found, seed))
     predictions = pa.concat_tables(tables).combine_chunks()
     counts = dataset.context().train_counts if lists is not None else None
@@ -211,27 +223,26 @@ def _item_ids(given: Answers, dataset: InteractionDataset, problems: _Problems) 
 
 
 def _measure_lists(
-    lists: list[np.ndarray], rows: np.ndarray, examples: SequenceExamples, protocol: EvalProtocol
+    given: Answers, lists: list[np.ndarray], rows: np.ndarray, examples: SequenceExamples, protocol: EvalProtocol
 ) -> Found:
     length = max(protocol.cuts)
-    longest = max(length, max((len(entry) for entry in lists), default=0))
     found = Found.empty(len(examples), length)
-    whole = np.zeros((1, longest), dtype=np.int64)
     for number, row in enumerate(rows):
         if row < 0:
             continue
         entry, target = lists[row], examples.targets[number]
+        keep = np.ones(len(entry), dtype=bool)
         if examples.candidates is not None:
-            entry = entry[np.isin(entry, examples.candidates[number]) | (entry == 0)]
+            keep = np.isin(entry, examples.candidates[number]) | (entry == 0)
         elif protocol.remove_seen:
-            seen = examples.items[examples.first[number] : examples.end[number]]
-            entry = entry[~np.isin(entry, seen) | (entry == target)]
-        whole[:] = 0
-        whole[0, : len(entry)] = entry
-        found.ranks[number] = list_ranks(whole, np.array([target]))[0]
-        found.items[number] = whole[0, :length]
+            keep = ~np.isin(entry, examples.items[examples.first[number] : examples.end[number]]) | (entry == target)
+        entry = entry[keep]
+        found.ranks[number] = list_ranks(entry[None, :], np.array([target]))[0] if len(entry) else np.nan
         found.num_ranked[number] = int((entry > 0).sum())
-    found.scores[found.items > 0] = 0.0
+        size = min(length, len(entry))
+        found.items[number, :size] = entry[:size]
+        scores = np.array(given.scores[row], dtype=np.float32)[keep] if given.scores is not None else None
+        found.scores[number, :size] = np.nan if scores is None else scores[:size]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from llmrec.errors import CheckFailed, DataError, RecipeError
 from llmrec.evaluation.intervals import bootstrap_means
 from llmrec.evaluation.protocol import SAMPLED_NOTE, EvalProtocol
 from llmrec.evaluation.ranking import list_statistics
-from llmrec.evaluation.tables import FORMAT_VERSION, VALID_RATIO, metric_values, write_predictions
+from llmrec.evaluation.tables import FORMAT_VERSION, VALID_RATIO, metric_values, split_metric, write_predictions
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 EXACT_RANKS, ANSWERS = "exact ranks", "answers"
 Estimate = dict[str, float | None]
@@ -143,6 +145,26 @@ def _catalogue_metrics(
     return metrics
 
 
+def check_metric(result: EvalResult, metric: str) -> None:
+    """Refuse a metric that says nothing about a result.
+
+    Raises:
+        RecipeError: The metric is unknown, its cut holds all candidates or is longer than the measured lists, or the
+            result is of single answers and the metric is not.
+    """
+    kind, cut = split_metric(metric)
+    size, protocol = result.protocol.num_candidates, result.protocol
+    if protocol.mode == "generate" and metric not in ("hr@1", "recall@1", VALID_RATIO):
+        raise RecipeError(f"{metric} is not defined for single answers; choose hr@1 or {VALID_RATIO}")
+    if protocol.mode != "generate" and kind == VALID_RATIO:
+        raise RecipeError(f"{VALID_RATIO} is for generated answers; {result.name} was measured by {result.measured}")
+    if cut is not None and size is not None and protocol.mode == "score" and cut >= size:
+        raise RecipeError(f"{metric} holds all {size} candidates; choose a cut below {size}")
+    listed = re.fullmatch(r"top-(\d+) lists", result.measured)
+    if cut is not None and listed is not None and cut > int(listed[1]):
+        raise RecipeError(f"{result.name} was measured on its {result.measured}; {metric} needs longer ones")
+
+
 def results_record(results: Mapping[str, EvalResult]) -> dict[str, Any]:
     """JSON record of several systems measured under one protocol.
 
@@ -178,14 +200,19 @@ def results_record(results: Mapping[str, EvalResult]) -> dict[str, Any]:
 
 
 def print_results(record: Mapping[str, Any], console: Console, metrics: Sequence[str] | None = None) -> None:
-    """Print a record as a table: a row a system, intervals beside the means, protocol and fingerprint below.
+    """Print `results_table`."""
+    console.print(results_table(record, metrics))
+
+
+def results_table(record: Mapping[str, Any], metrics: Sequence[str] | None = None) -> Table:
+    """A record as a table: a row a system, intervals below the means, protocol and fingerprint in the caption.
 
     Args:
         record: From `results_record`.
-        console: Where to print.
         metrics: Columns; by default the accuracy metrics at the cut 10 (or the largest) and what answers add.
     """
     from rich.table import Table
+    from rich.text import Text
 
     cuts = record["protocol_fields"]["ks"]
     cut = 10 if 10 in cuts else max(cuts)
@@ -195,15 +222,15 @@ def print_results(record: Mapping[str, Any], console: Console, metrics: Sequence
     caption = f"{record['protocol']}; {record['users']} users, 95% intervals; fingerprint {record['fingerprint']}"
     if "warning" in record:
         caption += f"\n{record['warning']}"
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(caption=Text(caption), caption_justify="left")
     table.add_column("system", overflow="fold")
     for name in shown:
         table.add_column(name, justify="right")
     for system, values in record["models"].items():
         measured = record["measured"].get(system, EXACT_RANKS)
         marked = system if measured in (EXACT_RANKS, ANSWERS) else f"{system} (by {measured})"
-        table.add_row(marked, *(_cell(values.get(name)) for name in shown))
-    console.print(table)
+        table.add_row(Text(marked), *(_cell(values.get(name)) for name in shown))
+    return table
 
 
 def _cell(value: Estimate | None) -> str:

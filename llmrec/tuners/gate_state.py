@@ -5,10 +5,10 @@ the gates of the batch; layers read them; after the call the gates stay readable
 activation checkpointing finds them. Anything else that runs a layer outside an opened state is an error: it would use
 the gates of some earlier batch.
 
-Two details decide correctness under activation checkpointing. The expansion of gates to rank space happens before the
-first layer runs, never lazily inside a checkpointed region, or the recompute would save other tensors than the forward.
-And `checkpoint_contexts` captures the gates at the moment a region runs forward, so two forwards before one backward,
-or a forward without gradients in between, recompute with their own gates.
+Two details decide correctness under activation checkpointing. With gradients, the expansion of gates to rank space is
+made before the first layer runs (a layer not seen before makes its own and stores nothing), so forward and recompute of
+a checkpointed region do the same operations. And `checkpoint_contexts` captures the gates at the moment a region runs
+forward, so two forwards before one backward, or a forward without gradients in between, recompute with their own gates.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from llmrec.tuners import binding
 from llmrec.tuners.base import accept_arguments, attach, load_tuner, trainable_report
 from llmrec.tuners.gate_state import GatedLinear, expand_gates
 from llmrec.tuners.ilora import ILoraConfig, ILoraModel, ILoraTuner, check_encoder
-from tests.contracts.tuners import GATE_DIM, LENGTH, VOCAB, TunerContract, randomise_adapter, tiny_llama, tokens
+from tests.contracts.tuners import GATE_DIM, LENGTH, TunerContract, randomise_adapter, tiny_llama, tokens
 
 E = 4
 ALL = "all-linear"

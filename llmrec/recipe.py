@@ -1,0 +1,437 @@
+"""The recipe: one YAML file that says everything about a run. Unknown keys are errors with file, line and nearest name.
+
+Reading order of a recipe: name, seed, dataset, encoder, llm, tuner, gate, prompt, stages, evaluate, report.
+`1e-4` is a float here (plain PyYAML reads text). No inheritance, no interpolation; `--set a.b=c` overrides one value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llmrec import discovery
+from llmrec.discovery import nearest
+from llmrec.errors import RecipeError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class PartSpec(BaseModel):
+    """A part chosen by name: `type` plus the options of that part (checked by `Recipe.resolve`)."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but `type`."""
+        return dict(self.model_extra or {})
+
+
+class EncoderSpec(PartSpec):
+    """The sequence encoder.
+
+    Args:
+        pretrained: Run or encoder folder to take a trained encoder from; no encoder stage is needed then.
+    """
+
+    pretrained: str | None = None
+
+
+class DatasetSpec(_Strict):
+    """Raw data and how to prepare it, or a prepared folder.
+
+    Args:
+        source: Named data set, file, folder or "synthetic"; or a folder written by `llmrec prepare`.
+        format: Source kind; null = recognised by file names.
+        options: Options of the synthetic source.
+        max_history: The latest events a model sees.
+    """
+
+    source: str
+    format: str | None = None
+    name: str | None = None
+    min_user_interactions: int = Field(1, ge=1)
+    min_item_interactions: int = Field(1, ge=1)
+    positive: str = "all"
+    repeats: Literal["keep", "first", "last"] = "keep"
+    split: str = "leave_one_out"
+    columns: dict[str, str] = {}
+    items: list[str] = []
+    on_bad_rows: Literal["stop", "quarantine"] = "stop"
+    options: dict[str, Any] = {}
+    max_history: int = Field(50, ge=1)
+
+
+class LLMSpec(_Strict):
+    """The language model.
+
+    Args:
+        model: Hub id, local folder, or a name `llmrec pull` knows.
+        dtype: "auto" takes bfloat16 where the processor or GPU computes in it.
+        quantize: 4-bit or 8-bit base weights (extra `quant`).
+        revision: Hub revision.
+        num_layers: Keep the first n decoder layers only; null keeps all.
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["4bit", "8bit"] | None = None
+    revision: str | None = None
+    num_layers: int | None = Field(None, ge=1)
+
+
+class GateSpec(_Strict):
+    """Where the expert weights of an instance-wise tuner come from."""
+
+    provider: Literal["encoder"] = "encoder"
+    freeze: bool = True
+    precompute: bool = True
+
+
+class PromptSpec(_Strict):
+    """What the LLM sees.
+
+    Args:
+        style: "text" (titles), "hybrid" (titles and projected item vectors), "item_slots" (one vector per item).
+        template: File below prompts/, for text and hybrid.
+        variants: "all" phrasings in turn, or one number.
+        candidates: Candidates listed in the prompt, the target included.
+        slots: Where hybrid prompts carry item vectors.
+        chat_template: Wrap the prompt in the tokenizer's chat template.
+        max_title_tokens: Titles are cut to this many tokens.
+        max_length: Longest prompt in tokens; the oldest history items go first.
+        curriculum: Hybrid prompts appear with a probability that grows from 0 to 1 over training (LLaRA).
+        projector: Shape of the map from item vectors to token slots.
+        slot_content: item_slots only: the item-table row, the encoder's state, or both.
+        residual: item_slots only: add the encoder's own state before scoring.
+    """
+
+    style: Literal["text", "hybrid", "item_slots"] = "item_slots"
+    template: str | None = None
+    variants: Literal["all"] | int = "all"
+    candidates: int | None = Field(None, ge=2)
+    slots: list[Literal["history", "candidates", "user"]] = ["history", "candidates"]
+    chat_template: bool = False
+    max_title_tokens: int | None = None
+    max_length: int | None = None
+    curriculum: bool = False
+    projector: Literal["linear", "mlp"] = "mlp"
+    slot_content: Literal["item", "state", "both"] = "item"
+    residual: bool = False
+
+
+class StageSpec(BaseModel):
+    """One training stage; every other key is a name of transformers.TrainingArguments.
+
+    Args:
+        train: Which part learns.
+        strategy: The objective.
+        early_stopping_patience: Evaluations without improvement before the stage ends; null = never.
+        metric: Validation metric for early stopping and for the best checkpoint.
+        eval_users: Validate on this many users (seeded draw); null = all.
+        max_examples: Train on this many examples (seeded draw); null = all.
+        learning_rates: Factors on the learning rate per parameter group: projector, router, head, tuner.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    train: Literal["encoder", "tuner", "head"]
+    strategy: PartSpec = PartSpec(type="next_item")
+    early_stopping_patience: int | None = Field(None, ge=1)
+    metric: str = "ndcg@10"
+    eval_users: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1)
+    learning_rates: dict[Literal["projector", "router", "head", "tuner"], float] = {}
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """The keys meant for transformers.TrainingArguments, old names replaced by today's."""
+        return {RENAMED_ARGUMENTS.get(name, name): value for name, value in (self.model_extra or {}).items()}
+
+
+RENAMED_ARGUMENTS = {
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Argument names transformers dropped -> today's; accepted with a notice."""
+
+
+class EvaluateSpec(_Strict):
+    """What is measured at the end.
+
+    Args:
+        split: Which targets.
+        protocol: "full" or "candidates-C" (the target counts).
+        candidate_kind: How the C - 1 others are drawn.
+        mode: "score" (likelihood or item scores) or "generate" (free text).
+        ks: Cut-offs.
+        metrics: Metrics the printed table shows; all are stored.
+        seeds: Draws of candidates.
+        baselines: Counting baselines, and "encoder" for the run's own, measured beside the system on the same examples.
+        max_users: Measure this many users (seeded draw); null = all. Said in the protocol label.
+    """
+
+    split: Literal["valid", "test", "test_lapse"] = "test"
+    protocol: str = "full"
+    candidate_kind: Literal["uniform", "popularity"] = "uniform"
+    mode: Literal["score", "generate"] = "score"
+    ks: list[int] = [1, 5, 10, 20]
+    metrics: list[str] = ["hr@10", "ndcg@10", "mrr@10"]
+    seeds: list[int] = [42]
+    remove_seen: bool | None = None
+    baselines: list[str] = []
+    max_users: int | None = Field(None, ge=1)
+    batch_size: int = Field(128, ge=1)
+
+
+class ReportSpec(_Strict):
+    """What is written and sent at the end."""
+
+    title: str | None = None
+    push_to: str | None = None
+
+
+class Recipe(_Strict):
+    """A whole run, validated. `resolve` also checks that every `type` exists and takes its options."""
+
+    name: str
+    seed: int = 42
+    dataset: DatasetSpec
+    transforms: list[PartSpec] = []
+    item_tokenizer: PartSpec | None = None
+    encoder: EncoderSpec | None = None
+    llm: LLMSpec | None = None
+    tuner: PartSpec | None = None
+    gate: GateSpec = GateSpec()
+    prompt: PromptSpec | None = None
+    head: PartSpec | None = None
+    summarizer: PartSpec | None = None
+    stages: list[StageSpec] = []
+    evaluate: EvaluateSpec = EvaluateSpec()
+    report: ReportSpec = ReportSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("letters, digits, '.', '_' and '-' only, since it names a folder")
+        return value
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def resolve(self, where: str = "") -> None:
+        """Check every `type`, its options and the combination, before any model is loaded.
+
+        Raises:
+            RecipeError: Naming the part and what to change.
+        """
+        prefix = f"{where}: " if where else ""
+        for kind in ("encoder", "tuner", "head", "item_tokenizer", "summarizer"):
+            part = getattr(self, kind)
+            if part is not None:
+                discovery.check_options(kind, part.type, part.options, where=prefix)
+        for part in self.transforms:
+            discovery.check_options("transform", part.type, part.options, where=prefix)
+        for stage in self.stages:
+            discovery.build("strategy", stage.strategy.type, stage.strategy.options, where=prefix)
+        self._check_combination(prefix)
+
+    def _check_combination(self, prefix: str) -> None:
+        trained = {stage.train for stage in self.stages}
+        if "tuner" in trained and (self.llm is None or self.prompt is None):
+            raise RecipeError(f"{prefix}a stage trains the tuner, but there is no `llm` or no `prompt` section")
+        if "encoder" in trained and self.encoder is None:
+            raise RecipeError(f"{prefix}a stage trains the encoder, but there is no `encoder` section")
+        if "head" in trained and self.head is None:
+            raise RecipeError(f"{prefix}a stage trains the head, but there is no `head` section")
+        if self.tuner is not None and self.llm is None:
+            raise RecipeError(f"{prefix}`tuner` needs an `llm` to tune")
+        needs_encoder = self.prompt is not None and (
+            self.prompt.style == "item_slots" or (self.prompt.style == "hybrid" and bool(self.prompt.slots))
+        )
+        if self.tuner is not None and self.encoder is None:
+            gated = bool(getattr(discovery.resolve("tuner", self.tuner.type), "needs_gates", False))
+            needs_encoder = needs_encoder or gated
+        if needs_encoder and self.encoder is None:
+            raise RecipeError(f"{prefix}item vectors and gates come from an encoder: add an `encoder` section")
+        if self.prompt is not None and self.prompt.style != "item_slots" and self.prompt.template is None:
+            raise RecipeError(f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie")
+        if self.llm is not None and self.llm.quantize and not _importable("bitsandbytes"):
+            raise RecipeError(
+                f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; install it with: pip install 'llmrec[quant]'"
+            )
+        if not self.stages and self.encoder is None and self.head is None:
+            raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
+
+    def check_dataset(self, fields: frozenset[str]) -> None:
+        """Check that a prepared data set carries what the parts need.
+
+        Raises:
+            RecipeError: Naming the part and the missing field.
+        """
+        for kind in ("encoder", "head"):
+            part = getattr(self, kind)
+            missing = set(getattr(discovery.resolve(kind, part.type), "uses", ())) - fields if part is not None else set()
+            if missing:
+                raise RecipeError(
+                    f"{kind} {part.type!r} needs {', '.join(sorted(missing))}, and the data set has "
+                    f"{', '.join(sorted(fields)) or 'ids and order only'}; choose another {kind} or data with these fields"
+                )
+        if self.prompt is not None and self.prompt.style != "item_slots" and "titles" not in fields:
+            raise RecipeError(f"prompt.style {self.prompt.style!r} needs item titles, and the data set has none")
+
+
+def _importable(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a float and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise RecipeError(f"{self.name}:{key_node.start_mark.line + 1}: key {key!r} stands here a second time")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=value` texts; list positions are numbers (`stages.0.learning_rate=1e-3`).
+
+    Raises:
+        RecipeError: With file:line, what was found and the nearest known name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe {path}; `llmrec list recipes` shows those that come with the package")
+    text = path.read_text(encoding="utf-8-sig")
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        raw = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    finally:
+        loader.dispose()
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    lines = _key_lines(node)
+    for override in overrides:
+        lines[_apply_override(raw, override)] = f"--set {override}"
+    return parse_recipe(raw, where=str(path), lines=lines)
+
+
+def parse_recipe(
+    raw: dict[str, Any], *, where: str = "recipe", lines: dict[tuple[Any, ...], int | str] | None = None
+) -> Recipe:
+    """Validate a recipe given as plain values.
+
+    Raises:
+        RecipeError: See `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(item, where, lines or {}) for item in error.errors())) from error
+
+
+def _key_lines(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int | str]:
+    found: dict[tuple[Any, ...], int | str] = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found.update(_key_lines(value, (*path, key.value)))
+            found[(*path, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            found.update(_key_lines(value, (*path, number)))
+    return found
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[Any, ...]:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"--set {override}: expected a.b=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
+    keys: list[Any] = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+    place: Any = raw
+    for key in keys[:-1]:
+        if isinstance(place, list):
+            if not isinstance(key, int) or key >= len(place):
+                raise RecipeError(f"--set {override}: the list has {len(place)} entries, {key!r} is not one of them")
+            place = place[key]
+        else:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"--set {override}: {key!r} is a value, not a section")
+    if isinstance(place, list) and (not isinstance(keys[-1], int) or keys[-1] >= len(place)):
+        raise RecipeError(f"--set {override}: the list has {len(place)} entries, {keys[-1]!r} is not one of them")
+    place[keys[-1]] = value
+    return tuple(keys)
+
+
+def _explain(item: Any, where: str, lines: dict[tuple[Any, ...], int | str]) -> str:
+    loc = tuple(item["loc"])
+    known = loc
+    while known and known not in lines:
+        known = known[:-1]
+    line = lines.get(known)
+    place = line if isinstance(line, str) else f"{where}:{line}" if line else where
+    name = ".".join(map(str, loc))
+    if item["type"] == "extra_forbidden":
+        siblings = _field_names(loc[:-1])
+        return f"{place}: unknown key {name!r}{nearest(str(loc[-1]), siblings)}; keys here: {', '.join(siblings)}"
+    if item["type"] == "missing":
+        return f"{place}: key {name!r} is missing"
+    return f"{place}: {name}: {item['msg']}; found {item['input']!r}"
+
+
+def _field_names(loc: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if model is not None else None
+        model = _model_in(field.annotation) if field is not None else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        return next((model for inner in get_args(annotation) if (model := _model_in(inner)) is not None), None)
+    return None
