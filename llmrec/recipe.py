@@ -59,8 +59,8 @@ class DatasetSpec(_Strict):
     source: str
     format: str | None = None
     name: str | None = None
-    min_user_interactions: int = Field(1, ge=1)
-    min_item_interactions: int = Field(1, ge=1)
+    min_user_interactions: int = Field(default=1, ge=1)
+    min_item_interactions: int = Field(default=1, ge=1)
     positive: str = "all"
     repeats: Literal["keep", "first", "last"] = "keep"
     split: str = "leave_one_out"
@@ -68,7 +68,7 @@ class DatasetSpec(_Strict):
     items: list[str] = []
     on_bad_rows: Literal["stop", "quarantine"] = "stop"
     options: dict[str, Any] = {}
-    max_history: int = Field(50, ge=1)
+    max_history: int = Field(default=50, ge=1)
 
 
 class LLMSpec(_Strict):
@@ -86,7 +86,7 @@ class LLMSpec(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["4bit", "8bit"] | None = None
     revision: str | None = None
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
 
 
 class GateSpec(_Strict):
@@ -113,12 +113,13 @@ class PromptSpec(_Strict):
         projector: Shape of the map from item vectors to token slots.
         slot_content: item_slots only: the item-table row, the encoder's state, or both.
         residual: item_slots only: add the encoder's own state before scoring.
+        instruction, similarity, item_bias, learn_scale: item_slots only, see `llmrec.llm.recommender`.
     """
 
     style: Literal["text", "hybrid", "item_slots"] = "item_slots"
     template: str | None = None
     variants: Literal["all"] | int = "all"
-    candidates: int | None = Field(None, ge=2)
+    candidates: int | None = Field(default=None, ge=2)
     slots: list[Literal["history", "candidates", "user"]] = ["history", "candidates"]
     chat_template: bool = False
     max_title_tokens: int | None = None
@@ -127,6 +128,10 @@ class PromptSpec(_Strict):
     projector: Literal["linear", "mlp"] = "mlp"
     slot_content: Literal["item", "state", "both"] = "item"
     residual: bool = False
+    instruction: str = ""
+    similarity: Literal["dot", "cosine"] | None = None
+    item_bias: bool = False
+    learn_scale: bool = False
 
 
 class StageSpec(BaseModel):
@@ -145,10 +150,10 @@ class StageSpec(BaseModel):
     model_config = ConfigDict(extra="allow")
     train: Literal["encoder", "tuner", "head"]
     strategy: PartSpec = PartSpec(type="next_item")
-    early_stopping_patience: int | None = Field(None, ge=1)
+    early_stopping_patience: int | None = Field(default=None, ge=1)
     metric: str = "ndcg@10"
-    eval_users: int | None = Field(None, ge=1)
-    max_examples: int | None = Field(None, ge=1)
+    eval_users: int | None = Field(default=None, ge=1)
+    max_examples: int | None = Field(default=None, ge=1)
     learning_rates: dict[Literal["projector", "router", "head", "tuner"], float] = {}
 
     @property
@@ -191,8 +196,8 @@ class EvaluateSpec(_Strict):
     seeds: list[int] = [42]
     remove_seen: bool | None = None
     baselines: list[str] = []
-    max_users: int | None = Field(None, ge=1)
-    batch_size: int = Field(128, ge=1)
+    max_users: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=128, ge=1)
 
 
 class ReportSpec(_Strict):
@@ -268,10 +273,13 @@ class Recipe(_Strict):
         if needs_encoder and self.encoder is None:
             raise RecipeError(f"{prefix}item vectors and gates come from an encoder: add an `encoder` section")
         if self.prompt is not None and self.prompt.style != "item_slots" and self.prompt.template is None:
-            raise RecipeError(f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie")
+            raise RecipeError(
+                f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie"
+            )
         if self.llm is not None and self.llm.quantize and not _importable("bitsandbytes"):
             raise RecipeError(
-                f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; install it with: pip install 'llmrec[quant]'"
+                f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; "
+                "install it with: pip install 'llmrec[quant]'"
             )
         if not self.stages and self.encoder is None and self.head is None:
             raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
@@ -284,11 +292,13 @@ class Recipe(_Strict):
         """
         for kind in ("encoder", "head"):
             part = getattr(self, kind)
-            missing = set(getattr(discovery.resolve(kind, part.type), "uses", ())) - fields if part is not None else set()
+            uses = getattr(discovery.resolve(kind, part.type), "uses", ()) if part is not None else ()
+            missing = set(uses) - fields
             if missing:
                 raise RecipeError(
                     f"{kind} {part.type!r} needs {', '.join(sorted(missing))}, and the data set has "
-                    f"{', '.join(sorted(fields)) or 'ids and order only'}; choose another {kind} or data with these fields"
+                    f"{', '.join(sorted(fields)) or 'ids and order only'}; "
+                    f"choose another {kind} or data with these fields"
                 )
         if self.prompt is not None and self.prompt.style != "item_slots" and "titles" not in fields:
             raise RecipeError(f"prompt.style {self.prompt.style!r} needs item titles, and the data set has none")
@@ -301,14 +311,25 @@ def _importable(module: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float and refuses duplicate keys."""
+    """SafeLoader that reads 1e-4 as a float and refuses duplicate keys, keys that are no plain value, and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            # A recipe says everything in its place; an alias could also contain itself or grow without bound.
+            place = f"{self.name}:{event.start_mark.line + 1}"
+            raise RecipeError(f"{place}: alias *{event.anchor}: write the value out here")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            place = f"{self.name}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{place}: a key must be a name, found a {key_node.id}")
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise RecipeError(f"{self.name}:{key_node.start_mark.line + 1}: key {key!r} stands here a second time")
+                raise RecipeError(f"{place}: key {key!r} stands here a second time")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -331,23 +352,38 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no recipe {path}; `llmrec list recipes` shows those that come with the package")
-    text = path.read_text(encoding="utf-8-sig")
-    loader = _Loader(text)
-    loader.name = str(path)
     try:
-        node = loader.get_single_node()
-        raw = loader.construct_document(node) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    finally:
-        loader.dispose()
+        raw, node = _load_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected keys and values, found {type(raw).__name__}")
     lines = _key_lines(node)
     for override in overrides:
-        lines[_apply_override(raw, override)] = f"--set {override}"
+        place = _apply_override(raw, override)
+        lines = {known: line for known, line in lines.items() if known[: len(place)] != place}
+        lines[place] = f"--set {override}"
     return parse_recipe(raw, where=str(path), lines=lines)
+
+
+def _load_yaml(text: str, name: str) -> tuple[Any, Any]:
+    """The value and the node tree of a YAML text; `name` starts the messages."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+        return (loader.construct_document(node) if node is not None else None), node
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a character YAML forbids, or a date that does not exist
+        raise RecipeError(f"{name}: not valid YAML: {str(error).partition(chr(10))[0]}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name}: nested too deeply") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
 def parse_recipe(
@@ -380,27 +416,28 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[Any, ...]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"--set {override}: expected a.b=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
-    keys: list[Any] = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+    value, _ = _load_yaml(text, f"--set {override}")
+    *sections, last = dotted.split(".")
     place: Any = raw
-    for key in keys[:-1]:
-        if isinstance(place, list):
-            if not isinstance(key, int) or key >= len(place):
-                raise RecipeError(f"--set {override}: the list has {len(place)} entries, {key!r} is not one of them")
-            place = place[key]
-        else:
-            if place.get(key) is None:
-                place[key] = {}
-            place = place[key]
+    keys: list[Any] = []
+    for part in sections:
+        keys.append(_key_in(place, part, override))
+        if isinstance(place, dict) and place.get(keys[-1]) is None:
+            place[keys[-1]] = {}
+        place = place[keys[-1]]
         if not isinstance(place, dict | list):
-            raise RecipeError(f"--set {override}: {key!r} is a value, not a section")
-    if isinstance(place, list) and (not isinstance(keys[-1], int) or keys[-1] >= len(place)):
-        raise RecipeError(f"--set {override}: the list has {len(place)} entries, {keys[-1]!r} is not one of them")
+            raise RecipeError(f"--set {override}: {part!r} is a value, not a section")
+    keys.append(_key_in(place, last, override))
     place[keys[-1]] = value
     return tuple(keys)
+
+
+def _key_in(place: dict[str, Any] | list[Any], part: str, override: str) -> str | int:
+    if isinstance(place, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(place):
+        raise RecipeError(f"--set {override}: the list has {len(place)} entries, {part!r} is not one of them")
+    return int(part)
 
 
 def _explain(item: Any, where: str, lines: dict[tuple[Any, ...], int | str]) -> str:

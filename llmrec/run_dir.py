@@ -79,15 +79,25 @@ class RunDir:
         """The prepared data set: RUN/dataset, or the shared folder RUN/dataset.json names.
 
         Raises:
-            DataError: The shared folder is gone.
+            DataError: The shared folder is gone, or dataset.json cannot be read.
         """
         pointer = self.root / "dataset.json"
         if not pointer.is_file():
             return self.root / "dataset"
-        folder = Path(json.loads(pointer.read_text(encoding="utf-8"))["path"])
+        try:
+            folder = Path(json.loads(pointer.read_text(encoding="utf-8"))["path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                "does not point at a data set",
+                file=pointer,
+                found=f"{type(error).__name__}: {error}",
+                expected='{"path": ...}',
+            ) from error
         folder = folder if folder.is_absolute() else (self.root / folder).resolve()
         if not folder.is_dir():
-            raise DataError("the data set of this run is gone", file=pointer, found=str(folder), expected="an existing folder")
+            raise DataError(
+                "the data set of this run is gone", file=pointer, found=str(folder), expected="an existing folder"
+            )
         return folder
 
     def point_to_dataset(self, folder: Path) -> None:

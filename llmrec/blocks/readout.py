@@ -79,3 +79,13 @@ def top_items(
         best = torch.nn.functional.pad(best, pad, value=float("-inf"))
         valid = torch.nn.functional.pad(valid, pad)
     return item_ids, best, valid
+
+
+@torch.inference_mode()
+def ranked_rows(system: object, batch: object, k: int) -> list[list[tuple[int, float]]]:
+    """`system.recommend(batch, k)` in evaluation mode as plain (item id, score) lists, valid entries only."""
+    if isinstance(system, torch.nn.Module):
+        system.eval()
+    ranking = system.recommend(batch, k)  # type: ignore[attr-defined]
+    rows = zip(ranking.item_ids.tolist(), ranking.scores.tolist(), ranking.valid.tolist(), strict=True)
+    return [[(item, score) for item, score, good in zip(*row, strict=True) if good] for row in rows]

@@ -80,10 +80,10 @@ def compare(a: EvalResult, b: EvalResult, *, metric: str | None = None, seed: in
     for result in (a, b):
         check_metric(result, metric)
     (users_a, values_a), (users_b, values_b) = per_user(a.predictions, metric), per_user(b.predictions, metric)
-    if users_a != users_b:
+    if users_a != users_b or _examples_of(a) != _examples_of(b):
         raise CheckFailed(
-            f"the tables cover different users: {a.name} {len(users_a)}, {b.name} {len(users_b)}, "
-            f"{len(set(users_a) & set(users_b))} in both; evaluate both on the whole split"
+            f"the tables cover different users or targets: {a.name} {len(users_a)} users and {a.predictions.num_rows} "
+            f"rows, {b.name} {len(users_b)} and {b.predictions.num_rows}; evaluate both on the whole split"
         )
     test = paired_test(values_a, values_b, seed=seed)
     return {
@@ -99,6 +99,11 @@ def compare(a: EvalResult, b: EvalResult, *, metric: str | None = None, seed: in
         "p_value": test.p_value,
         "p_value_mcnemar": test.mcnemar,
     }
+
+
+def _examples_of(result: EvalResult) -> list[tuple[int, int]]:
+    columns = (result.predictions.column(name).to_pylist() for name in ("example_id", "seed"))
+    return sorted(zip(*columns, strict=True))
 
 
 def _default_metric(result: EvalResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def _explain_type(kind_word: str, name: str, as_json: bool) -> None:
         lines = [f"{result['class']}\n", summary]
         if paper is not None:
             lines.append(f"\npaper: {paper.citation()}")
-        rows = [list(option.values()) for option in options]
-        return ["\n".join(lines) + "\n", tabulate(["option", "type", "default", "meaning"], rows)]
+        shown = [column for column in ("name", "type", "default", "help") if any(option[column] for option in options)]
+        rows = [[_cell(option[column]) for column in shown] for option in options]
+        return ["\n".join(lines) + "\n", tabulate(shown, rows)]
 
     emit(result, table, as_json)
 
@@ -99,8 +101,11 @@ def _paper(paper: Paper | None) -> dict[str, str] | None:
     return {"title": paper.title, "venue": paper.venue, "url_id": paper.url_id, "system": paper.system}
 
 
+def _cell(value: Any) -> str:
+    """An option as it is written in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _default(value: Any) -> Any:
-    """Defaults as JSON can hold them; "required" where there is none."""
-    if value is inspect.Parameter.empty:
-        return "required"
+    """A default as JSON can hold it."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

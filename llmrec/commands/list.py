@@ -1,4 +1,4 @@
-"""List what recipes can name: the types of a kind, systems with their papers, recipes, prompts, launcher profiles."""
+"""List what recipes and verbs can name: types of a kind, systems, downloads, recipes, prompts, launcher profiles."""
 
 from __future__ import annotations
 
@@ -32,26 +32,35 @@ def find_kind(word: str) -> str:
     from llmrec.errors import RecipeError
 
     for kind, folder in discovery.KINDS.items():
-        if word in (kind, folder):
+        if word in (kind, _plural(folder)):
             return kind
-    known = ", ".join([*discovery.KINDS.values(), "systems", *_asset_kinds()])
+    known = ", ".join([*map(_plural, discovery.KINDS.values()), "systems", "downloads", *_asset_kinds()])
     raise RecipeError(f"found the kind {word!r}; expected one of: {known}")
 
 
 def _rows(kind: str | None) -> tuple[str, list[str], list[list[Any]]]:
-    from llmrec import discovery
+    from llmrec import discovery, downloads
     from llmrec.assets import asset_names
 
     if kind is None:
-        counts = [[folder, len(discovery.names(name))] for name, folder in discovery.KINDS.items()]
-        counts += [["systems", len(discovery.papers())], *([asset, len(asset_names(asset))] for asset in _asset_kinds())]
+        counts = [[_plural(folder), len(discovery.names(name))] for name, folder in discovery.KINDS.items()]
+        counts += [["systems", len(discovery.papers())], ["downloads", len(downloads.NAMES)]]
+        counts += [[asset, len(asset_names(asset))] for asset in _asset_kinds()]
         return "kinds (llmrec list KIND)", ["kind", "entries"], counts
     if kind in ("system", "systems"):
         return "systems", ["system", "paper", "files"], _system_rows()
+    if kind == "downloads":
+        named = [[name, entry.summary, entry.licence] for name, entry in downloads.NAMES.items()]
+        return "downloads (llmrec pull NAME)", ["name", "summary", "licence"], named
     if kind in _asset_kinds():
         return kind, ["name", "summary"], [[name, _first_comment(kind, name)] for name in asset_names(kind)]
     found = find_kind(kind)
-    return discovery.KINDS[found], ["name", "summary"], [[name, line] for name, line in discovery.names(found).items()]
+    return kind, ["name", "summary"], [[name, line] for name, line in discovery.names(found).items()]
+
+
+def _plural(folder: str) -> str:
+    """A folder as people name it: "data/sources" is "sources"."""
+    return folder.rsplit("/", 1)[-1]
 
 
 def _asset_kinds() -> tuple[str, ...]:

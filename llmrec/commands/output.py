@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 # Where the JSON object goes while standard output is redirected; None outside `json_output`.
@@ -51,7 +51,7 @@ def emit(
         return
     shown = table()
     for part in shown if isinstance(shown, (list, tuple)) else [shown]:
-        _console(stream).print(part)
+        console_for(stream).print(part)
 
 
 def note(text: str) -> None:
@@ -108,7 +108,8 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
 
 
-def _console(stream: TextIO) -> Any:
+def console_for(stream: TextIO) -> Console:
+    """A rich console that prints brackets and colons as they are, and wide tables when there is no terminal."""
     from rich.console import Console
 
     # Without a terminal rich assumes 80 columns and folds tables that a file or a pipe could hold.

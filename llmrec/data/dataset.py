@@ -246,7 +246,7 @@ class InteractionDataset:
             "interactions": self.interactions.num_rows,
             "density": self.interactions.num_rows / max(1, self.num_users * self.num_items),
             "history_length": {
-                "min": int(lengths.min(initial=0)) if lengths.size else 0,
+                "min": int(lengths.min()) if lengths.size else 0,
                 "median": float(np.median(lengths)) if lengths.size else 0.0,
                 "max": int(lengths.max(initial=0)),
             },

@@ -62,9 +62,9 @@ class CandidateLists:
     """
 
     name: str
-    users: Sequence[int]
-    targets: Sequence[int]
-    candidates: Sequence[Sequence[int]]
+    users: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray
+    candidates: Sequence[Sequence[int]] | np.ndarray
 
 
 def inspect_dataset(
@@ -109,7 +109,8 @@ def check_split_overlap(dataset: InteractionDataset) -> Finding:
     count = int(np.sum(same & (np.diff(dataset.split_codes[order]) != 0)))
     if not count:
         return Finding(name, "ok", 0, "no (user, item, time) stands in two splits")
-    return Finding(name, _repeat_severity(dataset), count, f"{count} events share user, item and time with an event of another split")
+    text = f"{count} events share user, item and time with an event of another split"
+    return Finding(name, _repeat_severity(dataset), count, text)
 
 
 def check_future_training(dataset: InteractionDataset) -> Finding:
@@ -173,9 +174,10 @@ def check_answer_in_prompt(dataset: InteractionDataset, prompts: Sequence[dict[s
     texts = [_blank_listed(dataset, row) for row in prompts]
     leaks: list[str] = []
     for number, (row, target, text) in enumerate(zip(prompts, targets, texts, strict=True)):
-        found = next((a for a in _answers(dataset, row, target) if _stands_in(a, text) and not _is_template(a, number, targets, texts)), "")
+        found = [answer for answer in _answers(dataset, row, target) if _stands_in(answer, text)]
+        found = [answer for answer in found if not _is_template(answer, number, targets, texts)]
         if found:
-            leaks.append(f"row {number + 1}: {found!r}")
+            leaks.append(f"row {number + 1}: {found[0]!r}")
     if not leaks:
         return Finding(name, "ok", 0, f"{len(prompts)} prompts do not show their answer outside a list")
     return Finding(name, "error", len(leaks), f"the answer stands in the prompt; {'; '.join(leaks[:_SHOWN])}")
@@ -205,8 +207,8 @@ def _stands_in(answer: str, text: str) -> bool:
 
 
 def _is_template(answer: str, number: int, targets: Sequence[int], texts: Sequence[str]) -> bool:
-    others = [t for i, t in enumerate(texts[: 4 * _TEMPLATE_SAMPLE]) if i != number and (targets[i] != targets[number] or not targets[i])]
-    others = others[:_TEMPLATE_SAMPLE]
+    sample = [i for i in range(min(len(texts), 4 * _TEMPLATE_SAMPLE)) if i != number]
+    others = [texts[i] for i in sample if targets[i] != targets[number] or not targets[i]][:_TEMPLATE_SAMPLE]
     return bool(others) and 2 * sum(_stands_in(answer, text) for text in others) >= len(others)
 
 
@@ -233,7 +235,7 @@ def check_candidate_positions(lists: Sequence[CandidateLists]) -> Finding:
     if width < 2 or expected.min() < 5:
         return Finding(name, "ok", 0, f"{len(sizes)} candidate lists are too few to judge {width} places")
     p = float(chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
-    text = f"{len(sizes)} lists of up to {width}; target first in {observed[0] / len(sizes):.1%}; chi-square p = {p:.2g}"
+    text = f"{len(sizes)} lists of up to {width}; target first in {observed[0] / len(sizes):.1%}; p = {p:.2g}"
     return Finding(name, "error" if p < 1e-3 else "ok", len(sizes) if p < 1e-3 else 0, text)
 
 
@@ -274,7 +276,8 @@ def check_fitted_splits(dataset: InteractionDataset, artefacts: Mapping[str, Seq
     bad += [f"item column {column!r} equals {what} over all splits" for column, what in _statistics_of_all(dataset)]
     if bad:
         return Finding("fitted_splits", "error", len(bad), "; ".join(bad[:_SHOWN]))
-    return Finding("fitted_splits", "ok", 0, f"{len(artefacts)} artefacts and all item columns know training events at most")
+    text = f"{len(artefacts)} artefacts and all item columns know training events only"
+    return Finding("fitted_splits", "ok", 0, text)
 
 
 def _statistics_of_all(dataset: InteractionDataset) -> Iterable[tuple[str, str]]:
@@ -290,7 +293,8 @@ def _statistics_of_all(dataset: InteractionDataset) -> Iterable[tuple[str, str]]
             continue
         values = dataset.items.column(column).cast(pa.float64(), safe=False).to_numpy()
         for what, (over_all, over_train) in totals.items():
-            if np.allclose(values, over_all, rtol=1e-5) and not np.allclose(over_all, over_train, rtol=1e-5, equal_nan=True):
+            differ = not np.allclose(over_all, over_train, rtol=1e-5, equal_nan=True)
+            if differ and np.allclose(values, over_all, rtol=1e-5):
                 yield column, what
 
 
@@ -303,7 +307,7 @@ def _per_item(dataset: InteractionDataset, items: np.ndarray, values: np.ndarray
 
 
 def check_negatives(dataset: InteractionDataset, lists: Sequence[CandidateLists]) -> Finding:
-    """9: candidates other than the target that the user really chose, in any split, and targets missing from their list."""
+    """9: candidates besides the target that the user really chose, in any split, and lists without their target."""
     name, wrong, missing, total = "negatives", 0, 0, 0
     width = dataset.num_items + 1
     positives = np.unique(dataset.column(USER).astype(np.int64) * width + dataset.column(ITEM))
@@ -345,7 +349,8 @@ def _lists_of_prompts(dataset: InteractionDataset, rows: Sequence[dict[str, Any]
         return []
     users = [_user_of(dataset, row.get("user")) for row in rows]
     targets = [_item_of(dataset, row.get("target")) for row in rows]
-    return [CandidateLists("prompts", users, targets, [[_item_of(dataset, i) for i in row["candidates"]] for row in rows])]
+    lists = [[_item_of(dataset, item) for item in row["candidates"]] for row in rows]
+    return [CandidateLists("prompts", users, targets, lists)]
 
 
 def _item_of(dataset: InteractionDataset, value: Any) -> int:
@@ -367,8 +372,9 @@ def _text_of(value: Any) -> str:
 
 
 def _normal(title: str) -> str:
-    words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKD", title).casefold())
-    return words.strip()
+    letters = unicodedata.normalize("NFKD", title).casefold()
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return re.sub(r"[\W_]+", " ", plain).strip()
 
 
 def _repeat_severity(dataset: InteractionDataset) -> Severity:

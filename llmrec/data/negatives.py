@@ -53,7 +53,7 @@ def candidate_lists(
     if kind not in get_args(CandidateKind):
         raise RecipeError(f"unknown kind of candidates {kind!r}; expected one of {', '.join(get_args(CandidateKind))}")
     if size < 2:
-        raise RecipeError(f"a candidate list of {size} has no negatives; expected a size of at least 2 (it counts the target)")
+        raise RecipeError(f"a candidate list of {size} has no negatives; expected at least 2 (the target counts)")
     weights = np.ones(dataset.num_items + 1) if kind == "uniform" else dataset.context().train_counts.astype(np.float64)
     weights[0] = 0.0
     known = np.unique(dataset.column(USER).astype(np.int64) * len(weights) + dataset.column(ITEM))
@@ -70,7 +70,12 @@ def candidate_lists(
 
 
 def stored_candidates(
-    folder: str | Path, dataset: InteractionDataset, split: Split, size: int, kind: CandidateKind = "uniform", seed: int = 0
+    folder: str | Path,
+    dataset: InteractionDataset,
+    split: Split,
+    size: int,
+    kind: CandidateKind = "uniform",
+    seed: int = 0,
 ) -> np.ndarray:
     """Candidate lists of `dataset.histories(split, ...)`, read from the data set folder or drawn and written there.
 
@@ -93,7 +98,8 @@ def stored_candidates(
             "candidates": pa.FixedSizeListArray.from_arrays(pa.array(lists.ravel()), size),
         }
     )
-    record = {"fingerprint": dataset.fingerprint, "split": split, "kind": kind, "size": size, "seed": seed, "fitted_on": "train"}
+    record = {"fingerprint": dataset.fingerprint, "split": split, "kind": kind, "size": size, "seed": seed}
+    record["fitted_on"] = "train"
     table = table.replace_schema_metadata({f"llmrec.{key}": str(value) for key, value in record.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -126,7 +132,8 @@ def _read(path: Path, dataset: InteractionDataset, examples: SequenceExamples, s
         )
     lists = _matrix(table)
     if lists.shape != (len(examples), size):
-        raise DataError("stored candidates have another shape", file=path, found=lists.shape, expected=f"{(len(examples), size)}")
+        shape = f"{(len(examples), size)}"
+        raise DataError("stored candidates have another shape", file=path, found=lists.shape, expected=shape)
     return lists
 
 
@@ -135,7 +142,9 @@ def _matrix(table: pa.Table) -> np.ndarray:
     return column.flatten().to_numpy().reshape(len(column), -1) if len(column) else np.zeros((0, 0), dtype=np.int64)
 
 
-def _check_size(dataset: InteractionDataset, examples: SequenceExamples, size: int, weights: np.ndarray, known: np.ndarray) -> None:
+def _check_size(
+    dataset: InteractionDataset, examples: SequenceExamples, size: int, weights: np.ndarray, known: np.ndarray
+) -> None:
     drawable = weights > 0
     met = np.bincount(known // len(weights), weights=drawable[known % len(weights)], minlength=dataset.num_users + 1)
     free = int(drawable.sum()) - met[examples.users]

@@ -17,10 +17,9 @@ no two events of a user share a time.
 from __future__ import annotations
 
 import contextlib
-import operator
-import re
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,34 +30,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec.data.dataset import DatasetMeta, InteractionDataset
+from llmrec.data.engines import Engine, Workspace, connect, hand_over
+from llmrec.data.filters import (
+    ITEM_KEY,
+    SOURCE_ROW,
+    USER_KEY,
+    apply_filters,
+    code_events,
+    drop_repeats,
+    has_repeats,
+    order_events,
+    parse_positive,
+    renumber,
+)
 from llmrec.data.leaks import future_training_share
 from llmrec.data.schema import ITEM, KEY, ORDER, SPLIT, TIMESTAMP, USER
 from llmrec.data.sources.base import RawTables, ReadOptions
-from llmrec.data.splits import GIVEN, assign_splits, check_rule
-from llmrec.errors import DataError, DependencyError, RecipeError
+from llmrec.data.splits import assign_splits, check_rule
+from llmrec.discovery import nearest
+from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from llmrec.data.sources.base import OnBadRows
+    from llmrec.data.sources.base import OnBadRows, Source
 
 Report = Callable[[str], None]
-Engine = Literal["duckdb", "spark"]
-USER_KEY, ITEM_KEY, SOURCE_ROW = "user_key", "item_key", "source_row"
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-    "==": operator.eq,
-    "=": operator.eq,
-    "!=": operator.ne,
-}
-_RULE = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|==|!=|=|>|<)\s*([-+]?\d+(?:\.\d+)?)\s*")
-_INTEGER = r"^-?[0-9]{1,18}$"
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How to prepare; every field but the last four changes the data set and is written into its meta.json.
+    """How to prepare. What changes the data set is written into its meta.json.
 
     Args:
         min_user, min_item: Fewest events of a user and of an item (iterated k-core over all events).
@@ -73,6 +73,7 @@ class PrepareOptions:
         format: Source kind; None looks at the file names.
         on_bad_rows: "stop" at the first bad row, or "quarantine" bad rows and go on.
         engine: Where the expressions run.
+        source_options: Options of a generated source (users, items, events_per_user, seed, images of "synthetic").
     """
 
     min_user: int = 1
@@ -88,6 +89,7 @@ class PrepareOptions:
     format: str | None = None
     on_bad_rows: OnBadRows = "stop"
     engine: Engine = "duckdb"
+    source_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_rule(self.split)
@@ -131,22 +133,46 @@ def prepare(
 
 
 def prepare_source(
-    source: str | Path, options: PrepareOptions, connection: ibis.BaseBackend | None = None, report: Report | None = None
+    source: str | Path,
+    options: PrepareOptions,
+    connection: ibis.BaseBackend | None = None,
+    report: Report | None = None,
 ) -> Preparation:
-    """`prepare`, with the quarantined rows, and telling `report` what is going on."""
+    """`prepare`, with the quarantined rows, and telling `report` what is going on.
+
+    Files are read and checked by DuckDB whatever the engine. A `connection` given here is a DuckDB one.
+    """
     from llmrec.data.sources.reading import open_source
 
     tell = report or (lambda line: None)
     path, name = _locate(source, tell)
+    how = ReadOptions(dict(options.columns), tuple(options.items), options.on_bad_rows)
+    reader = _configured(open_source(path, options.format), options.source_options)
+    kind = type(reader).__module__.rpartition(".")[2]
     with contextlib.ExitStack() as stack:
-        if connection is None:
-            connection = stack.enter_context(connect(options.engine))
+        duckdb = connection or stack.enter_context(connect("duckdb"))
         tell(f"reading {path}")
-        reader = open_source(path, options.format)
-        raw = reader.read(connection, path, ReadOptions(dict(options.columns), tuple(options.items), options.on_bad_rows))
-        kind = type(reader).__module__.rpartition(".")[2]
-        dataset = prepare_tables(raw, options, options.name or name, connection, source=kind, report=tell)
+        raw = reader.read(duckdb, path, how)
+        engine, tables = duckdb, raw
+        if options.engine != "duckdb":
+            tell(f"handing events to {options.engine}")
+            engine = stack.enter_context(connect(options.engine))
+            tables = hand_over(raw, duckdb, engine, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        dataset = prepare_tables(tables, options, options.name or name, engine, source=kind, report=tell)
     return Preparation(dataset, raw.rejected)
+
+
+def _configured(reader: Source, options: Mapping[str, Any]) -> Source:
+    if not options:
+        return reader
+    known: list[str] = [f.name for f in dataclasses.fields(reader)] if dataclasses.is_dataclass(reader) else []
+    for name in options:
+        if name not in known:
+            names = f"options: {', '.join(known)}" if known else "it has no options"
+            raise RecipeError(
+                f"the source {type(reader).__name__} has no option {name!r}{nearest(name, known)}; {names}"
+            )
+    return dataclasses.replace(reader, **options)  # type: ignore[type-var]
 
 
 def _locate(source: str | Path, tell: Report) -> tuple[Path, str]:
@@ -168,87 +194,7 @@ def _locate(source: str | Path, tell: Report) -> tuple[Path, str]:
     from llmrec.downloads import pull
 
     tell(f"pulling {name}")
-    return Path(pull(name)), name
-
-
-@contextlib.contextmanager
-def connect(engine: Engine = "duckdb") -> Iterator[ibis.BaseBackend]:
-    """An Ibis connection of our own: in-memory DuckDB that spills into a temporary folder, or local or ambient Spark.
-
-    Raises:
-        DependencyError: Spark is asked for and pyspark is missing.
-    """
-    if engine == "duckdb":
-        with tempfile.TemporaryDirectory(prefix="llmrec-prepare-") as folder:
-            duckdb = ibis.duckdb.connect(":memory:", temp_directory=folder)
-            try:
-                yield duckdb
-            finally:
-                duckdb.disconnect()
-        return
-    try:
-        from pyspark.sql import SparkSession
-    except ImportError as error:
-        raise DependencyError("pyspark", extra="spark", purpose="--engine spark") from error
-    session = SparkSession.builder.appName("llmrec prepare").config("spark.sql.session.timeZone", "UTC").getOrCreate()
-    spark = ibis.pyspark.connect(session)
-    try:
-        yield spark
-    finally:
-        spark.disconnect()
-
-
-def parse_positive(rule: str) -> tuple[str, str, float] | None:
-    """(column, operator, number) of a positive rule; None for "all".
-
-    Raises:
-        RecipeError: The rule is not `column operator number`.
-    """
-    if rule.strip() == "all":
-        return None
-    match = _RULE.fullmatch(rule)
-    if match is None:
-        raise RecipeError(f"positive rule {rule!r} is not understood; expected 'all' or `column operator number`, as in 'rating >= 4'")
-    return match[1], match[2], float(match[3])
-
-
-class _Workspace(contextlib.AbstractContextManager["_Workspace"]):
-    """Results kept on the engine between steps, dropped at the end."""
-
-    def __init__(self, connection: ibis.BaseBackend) -> None:
-        self.connection = connection
-        self._names: list[str] = []
-
-    def store(self, expression: ibis.Table) -> ibis.Table:
-        """Run an expression once; later steps read the result."""
-        if self.connection.name != "duckdb":
-            return expression.cache()
-        name = ibis.util.gen_name("llmrec_prepare")
-        self._names.append(name)
-        return self.connection.create_table(name, expression, temp=True)
-
-    def release(self, table: ibis.Table) -> None:
-        """Drop one stored table early."""
-        name = getattr(table.op(), "name", None)
-        if name in self._names:
-            self._names.remove(name)
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        # Plain SQL: drop_table of ibis 12 loses the table's name when it meets sqlglot 30.30.
-        self.connection.raw_sql(f'DROP TABLE IF EXISTS temp.main."{name}"')
-
-    def row(self, expression: ibis.Table) -> dict[str, Any]:
-        """The single row of an aggregate."""
-        return self.connection.to_pyarrow(expression).to_pylist()[0]
-
-    def number(self, expression: Any) -> int:
-        """A scalar count."""
-        return int(self.connection.to_pyarrow(expression).as_py() or 0)
-
-    def __exit__(self, *exception: object) -> None:
-        for name in self._names:
-            self._drop(name)
+    return pull(name, report=tell), name
 
 
 def prepare_tables(
@@ -268,23 +214,23 @@ def prepare_tables(
     tell = report or (lambda line: None)
     rejected = raw.rejected.num_rows if raw.rejected is not None else 0
     counts: dict[str, int] = {"rows_rejected": rejected}
-    with _Workspace(connection) as space:
+    with Workspace(connection) as space:
         tell("reading events and numbering ids")
-        events, user_keys, item_keys = _code_events(space, raw.interactions, options, counts)
-        counts["rows_read"] += rejected
+        events, user_keys, item_keys = code_events(space, raw.interactions, options, counts)
         tell("filtering")
-        events = _drop_repeats(space, events, options, counts)
-        events, users, items = _filter(space, events, options, counts)
-        users = space.store(_renumber(users, user_keys, USER))
-        items = space.store(_renumber(items, item_keys, ITEM))
+        events = drop_repeats(space, events, options, counts)
+        events, users, items = apply_filters(space, events, options, counts)
+        users = space.store(renumber(users, user_keys, USER))
+        items = space.store(renumber(items, item_keys, ITEM))
         tell(f"ordering and splitting ({options.split})")
-        ordered = space.store(_order_events(events, users, items))
+        ordered = space.store(order_events(events, users, items))
         space.release(events)
-        has_repeats = _has_repeats(space, ordered) if options.repeats == "keep" else False
+        repeated = options.repeats == "keep" and has_repeats(space, ordered)
         split = assign_splits(ordered, users.select(USER, KEY), options.split, seed=options.seed, connection=connection)
         extra = [c for c in split.columns if c not in (USER, ITEM, ORDER, SPLIT, SOURCE_ROW)]
         final = split.select(USER, ITEM, ORDER, SPLIT, *sorted(extra, key=lambda c: (c != TIMESTAMP, c)))
-        interactions = connection.to_pyarrow(final.order_by([USER, ORDER]))
+        interactions = space.collect(final.order_by([USER, ORDER]))
+        _check_test(interactions, options.split)
         space.release(ordered)
         tell("joining item records")
         items_table = _join_records(space, items, raw.items, ITEM, ITEM_KEY, counts)
@@ -295,201 +241,37 @@ def prepare_tables(
         split=options.split,
         tie_rule=_tie_rule(raw.interactions.columns),
         repeats=options.repeats,
-        has_repeats=has_repeats,
+        has_repeats=repeated,
         positive=options.positive,
         filters=_filters(options),
         columns=dict(raw.columns),
-        notes=(*raw.notes, *_notices(interactions, options, has_repeats, counts)),
+        notes=(*raw.notes, *_notices(interactions, options, repeated, raw.notes)),
         counts=counts,
     )
     return InteractionDataset(interactions, items_table, users_table, meta)
 
 
-def _code_events(
-    space: _Workspace, raw: ibis.Table, options: PrepareOptions, counts: dict[str, int]
-) -> tuple[ibis.Table, ibis.Table, ibis.Table]:
-    """Events with integer codes instead of text keys (codes sort as the keys do), and the two code tables."""
-    missing = [c for c in (USER_KEY, ITEM_KEY, SOURCE_ROW) if c not in raw.columns]
-    if missing:
-        raise DataError(f"the source gave no {', '.join(missing)}", found=", ".join(raw.columns))
-    if "split" in raw.columns:
-        raw = raw.rename({GIVEN: "split"})
-    if ORDER in raw.columns:
-        raw = raw.rename(source_order=ORDER)
-    has_id = raw[USER_KEY].notnull() & raw[ITEM_KEY].notnull()
-    positive = _positive(raw, options.positive)
-    time = next((raw[c] for c in (TIMESTAMP, "source_order") if c in raw.columns), raw[SOURCE_ROW])
-    found = space.row(
-        raw.aggregate(
-            rows=raw.count(),
-            without_id=(~has_id).sum(),
-            without_time=time.isnull().sum(),
-            negative=(has_id & ~positive).sum(),
-        )
-    )
-    found = {key: int(value or 0) for key, value in found.items()}
-    if found["without_time"]:
-        raise DataError(
-            f"{found['without_time']} events have no time",
-            found="empty values in the time or order column",
-            expected="a time for each event, or no time column at all",
-            remedy="--on-bad-rows quarantine leaves them out",
-        )
-    counts["rows_read"] = found["rows"]
-    counts["dropped_without_id"], counts["dropped_by_positive"] = found["without_id"], found["negative"]
-    left = found["rows"] - found["without_id"] - found["negative"]
-    _not_empty(left, "the positive rule" if found["negative"] else "reading", f"positive: {options.positive}", found["rows"])
-    events = space.store(raw.filter(has_id & positive))
-    user_keys = space.store(_number_keys(space, events.select(key=events[USER_KEY]).distinct()))
-    item_keys = space.store(_number_keys(space, events.select(key=events[ITEM_KEY]).distinct()))
-    rest = [c for c in events.columns if c not in (USER_KEY, ITEM_KEY)]
-    coded = events.inner_join(user_keys, events[USER_KEY] == user_keys.key)
-    coded = coded.select(*rest, ITEM_KEY, user=user_keys.code)
-    coded = coded.inner_join(item_keys, coded[ITEM_KEY] == item_keys.key).select(*rest, "user", item=item_keys.code)
-    coded = space.store(coded)
-    space.release(events)
-    return coded, user_keys, item_keys
-
-
-def _positive(raw: ibis.Table, rule: str) -> Any:
-    parsed = parse_positive(rule)
-    if parsed is None:
-        return ibis.literal(True)
-    column, sign, number = parsed
-    if column not in raw.columns or not raw[column].type().is_numeric():
-        numeric = [c for c in raw.columns if raw[c].type().is_numeric() and c != SOURCE_ROW]
-        raise DataError(
-            f"the positive rule {rule!r} needs a numeric column {column!r}",
-            found=f"numeric columns: {', '.join(numeric) or 'none'}",
-            expected=column,
-            remedy="name the column with --columns rating=..., or drop --positive",
-        )
-    return _OPERATORS[sign](raw[column], number).fill_null(False)
-
-
-def _number_keys(space: _Workspace, keys: ibis.Table) -> ibis.Table:
-    """key -> code 1, 2, ... in sorted order; integers sort as numbers ("2" before "10")."""
-    integers = space.connection.to_pyarrow(keys.key.re_search(_INTEGER).all()).as_py()
-    by = [keys.key.cast("int64"), keys.key] if integers else [keys.key]
-    return keys.mutate(code=ibis.row_number().over(order_by=by) + 1)
-
-
-def _not_empty(left: int, step: str, setting: str, before: int) -> None:
-    if not left:
-        raise DataError(
-            f"no events are left after {step}",
-            found=f"{before} events before, 0 after ({setting})",
-            expected="at least one event",
-            remedy=f"loosen {step}, or check that the right columns were read",
-        )
-
-
-def _time_order(columns: tuple[str, ...] | list[str]) -> list[str]:
-    return [c for c in (TIMESTAMP, "source_order", SOURCE_ROW) if c in columns]
-
-
-def _tie_rule(columns: tuple[str, ...]) -> str:
-    names = [{"timestamp": "time", "order": "order column"}[c] for c in (TIMESTAMP, ORDER) if c in columns]
-    return f"{', then '.join(names)}; equal ones keep the order of the source rows" if names else "order of the source rows"
-
-
-def _drop_repeats(space: _Workspace, events: ibis.Table, options: PrepareOptions, counts: dict[str, int]) -> ibis.Table:
-    if options.repeats == "keep":
-        return events
-    by = [events[c].desc() if options.repeats == "last" else events[c].asc() for c in _time_order(events.columns)]
-    ranked = events.mutate(copy=ibis.row_number().over(group_by=[USER, ITEM], order_by=by))
-    kept = space.store(ranked.filter(ranked.copy == 0).drop("copy"))
-    counts["dropped_as_repeats"] = space.number(events.count()) - space.number(kept.count())
-    space.release(events)
-    return kept
-
-
-def _has_repeats(space: _Workspace, events: ibis.Table) -> bool:
-    pairs = events.group_by([USER, ITEM]).aggregate(events=events.count())
-    return space.number(pairs.events.max()) > 1
-
-
-def _filter(
-    space: _Workspace, events: ibis.Table, options: PrepareOptions, counts: dict[str, int]
-) -> tuple[ibis.Table, ibis.Table, ibis.Table]:
-    """Apply max_items and the k-core; only the sets of kept ids are stored between passes, never the events."""
-    before = space.number(events.count())
-    if options.max_items is not None:
-        totals = events.group_by(ITEM).aggregate(events=events.count())
-        top = space.store(totals.order_by([totals.events.desc(), totals.item]).limit(options.max_items))
-        events = events.semi_join(top, ITEM)
-        left = space.number(events.count())
-        counts["dropped_by_max_items"], before = before - left, left
-    users, items = (space.store(events.select(c).distinct()) for c in (USER, ITEM))
-    if options.min_user > 1 or options.min_item > 1:
-        users, items, left = _core(space, events, users, items, options, counts, before)
-        counts["dropped_by_core"] = before - left
-        events = events.semi_join(users, USER).semi_join(items, ITEM)
-    return events, users, items
-
-
-def _core(
-    space: _Workspace,
-    events: ibis.Table,
-    users: ibis.Table,
-    items: ibis.Table,
-    options: PrepareOptions,
-    counts: dict[str, int],
-    before: int,
-) -> tuple[ibis.Table, ibis.Table, int]:
-    """Iterate min_user and min_item until a pass changes nothing; the fixed point does not depend on who goes first."""
-    number_of = {USER: space.number(users.count()), ITEM: space.number(items.count())}
-    left, step = before, 0
-    while True:
-        step += 1
-        start = dict(number_of)
-        for column, least in ((USER, options.min_user), (ITEM, options.min_item)):
-            kept = events.semi_join(users, USER).semi_join(items, ITEM)
-            totals = kept.group_by(column).aggregate(events=kept.count())
-            totals = space.store(totals.filter(totals.events >= least))
-            now = space.row(totals.aggregate(ids=totals.count(), events=totals.events.sum()))
-            number_of[column], rows = int(now["ids"]), int(now["events"] or 0)
-            _not_empty(rows, f"the k-core filter min_{column}={least}", f"pass {step}", left)
-            left = rows
-            space.release(users if column == USER else items)
-            users, items = (totals, items) if column == USER else (users, totals)
-        dropped = {column: start[column] - number_of[column] for column in start}
-        if step > 1 and not any(dropped.values()):
-            return users, items, left
-        counts[f"core_pass_{step}_users_dropped"], counts[f"core_pass_{step}_items_dropped"] = dropped[USER], dropped[ITEM]
-        counts[f"core_pass_{step}_rows_left"] = left
-
-
-def _renumber(kept: ibis.Table, keys: ibis.Table, column: str) -> ibis.Table:
-    """code -> dense id from 1 in the same order, with the original key."""
-    joined = kept.inner_join(keys, kept[column] == keys.code).select(code=keys.code, key=keys.key)
-    return joined.select("code", "key", **{column: ibis.row_number().over(order_by=joined.code) + 1})
-
-
-def _order_events(events: ibis.Table, users: ibis.Table, items: ibis.Table) -> ibis.Table:
-    """Final ids and the 0-based position in the user's history."""
-    rest = [c for c in events.columns if c not in (USER, ITEM)]
-    t = events.inner_join(users, events[USER] == users.code).select(*rest, code=events[ITEM], user=users[USER])
-    t = t.inner_join(items, t.code == items.code).select(*rest, USER, item=items[ITEM])
-    t = t.mutate(order=ibis.row_number().over(group_by=USER, order_by=_time_order(t.columns)))
-    return t.drop(*[c for c in ("source_order", SOURCE_ROW) if c in t.columns])
-
-
 def _join_records(
-    space: _Workspace, ids: ibis.Table, records: ibis.Table | None, column: str, key: str, counts: dict[str, int]
+    space: Workspace, ids: ibis.Table, records: ibis.Table | None, column: str, key: str, counts: dict[str, int]
 ) -> pa.Table:
     """The id table with the source's own columns; ids without a record keep empty fields."""
     ids = ids.select(column, KEY)
     if records is None:
-        return space.connection.to_pyarrow(ids.order_by(column))
+        return space.collect(ids.order_by(column))
     total, distinct = space.number(records.count()), space.number(records[key].nunique())
     if total != distinct:
-        raise DataError(f"{total - distinct} {column} records share an id with another", expected=f"one record for each {column}")
+        raise DataError(
+            f"{total - distinct} {column} records share an id with another",
+            column=key,
+            found=f"{total} records, {distinct} ids",
+            expected=f"one record for each {column}",
+            remedy="drop the doubled records from the source",
+        )
     rest = [c for c in records.columns if c not in (key, column, KEY)]
     joined = ids.left_join(records, ids[KEY] == records[key])
     missing = space.number(joined.filter(joined[key].isnull()).count())
     counts[f"{column}s_without_record"] = missing
-    table = space.connection.to_pyarrow(joined.select(column, KEY, *rest).order_by(column))
+    table = space.collect(joined.select(column, KEY, *rest).order_by(column))
     if missing == table.num_rows:
         example = space.connection.to_pyarrow(records.select(key).limit(3)).column(0).to_pylist()
         raise DataError(
@@ -499,6 +281,11 @@ def _join_records(
             remedy=f"name the id column of both with --columns {column}=...",
         )
     return table
+
+
+def _tie_rule(columns: tuple[str, ...]) -> str:
+    names = [{"timestamp": "time", "order": "order column"}[c] for c in (TIMESTAMP, ORDER) if c in columns]
+    return f"{', then '.join(names)}; equal ones by source row" if names else "source row"
 
 
 def _filters(options: PrepareOptions) -> dict[str, Any]:
@@ -512,37 +299,44 @@ def _filters(options: PrepareOptions) -> dict[str, Any]:
     return filters
 
 
-def _notices(table: pa.Table, options: PrepareOptions, has_repeats: bool, counts: dict[str, int]) -> list[str]:
+def _notices(table: pa.Table, options: PrepareOptions, repeated: bool, known: tuple[str, ...]) -> list[str]:
+    """What a reader of the data card should know. Expects at least one test event, unless the split was given."""
     notes = [_share_notice(table, options.split)] if options.split == "leave_one_out" else []
-    if not pc.any(pc.equal(table.column(SPLIT), "test")).as_py():
-        if options.split != "given":
-            raise DataError(
-                f"the split {options.split} leaves no test event",
-                found=f"{table.num_rows} events, longest history {pc.max(table.column(ORDER)).as_py() + 1}",
-                expected="users with enough events (3 for leave_one_out, 2 for user_80_10_10, N + 3 for gap_N)",
-                remedy="choose another --split",
-            )
+    if options.split == "given" and not _has_test(table):
         notes.append("the given split has no test events")
-    if has_repeats:
+    if repeated:
         notes.append("repeated (user, item) events are kept, so seen items are not removed at evaluation")
-    if counts.get("items_without_record"):
-        notes.append(f"{counts['items_without_record']} items have no record in the item files")
     if TIMESTAMP not in table.column_names:
         return notes
     low, high = pc.min_max(table.column(TIMESTAMP)).as_py().values()
     notes.append(f"times from {_day(low)} to {_day(high)} (UTC)")
     now = int(datetime.now(UTC).timestamp())
     future = pc.sum(pc.greater(table.column(TIMESTAMP), now + 86_400)).as_py()
-    if future:
+    if future and not any("future" in note for note in known):
         notes.append(f"far future: {future} events lie after today; are the times in milliseconds or another unit?")
     return notes
+
+
+def _has_test(table: pa.Table) -> bool:
+    return bool(pc.any(pc.equal(table.column(SPLIT), "test")).as_py())
+
+
+def _check_test(table: pa.Table, rule: str) -> None:
+    if rule != "given" and not _has_test(table):
+        raise DataError(
+            f"the split {rule} leaves no test event",
+            found=f"{table.num_rows} events, longest history {pc.max(table.column(ORDER)).as_py() + 1}",
+            expected="users with enough events (3 for leave_one_out, 2 for user_80_10_10, N + 3 for gap_N)",
+            remedy="choose another --split",
+        )
 
 
 def _share_notice(table: pa.Table, split: str) -> str:
     share = future_training_share(table)
     if share is None:
-        return f"{split} holds out each user's last events; without timestamps nobody can tell how many training events are later"
-    return f"{split}: {share:.1%} of the training events are later than the earliest test event; temporal_80_10_10 has none"
+        return f"{split}: training events may be later than test events; without timestamps the share is unknown"
+    text = f"{split}: {share:.1%} of the training events are later than the earliest test event"
+    return f"{text}; temporal_80_10_10 has none"
 
 
 def _day(seconds: int) -> str:

@@ -4,9 +4,11 @@
 |---|---|---|---|
 | leave_one_out | the rest, and all of users with fewer than 3 events | second last event | last event |
 | temporal_80_10_10 | events up to the time that closes 80% of all events | up to 90% | after |
-| user_80_10_10 | all events of 80% of the users | last event of 10% (earlier ones: history) | last event of the rest |
-| gap_N | events before the last N + 2, and all of users with fewer than N + 3 | the next event | the next; test_lapse: last |
+| user_80_10_10 | all events of 80% of the users, and of those with one event | last event of 10% | of the rest |
+| gap_N | events before the last N + 2, and all of users with fewer than N + 3 | next event | next; test_lapse: last |
 | given | the column `split` of the source decides | | |
+
+Earlier events of the test and validation users of user_80_10_10 are `history`: inputs, never a target.
 
 `gap_N` is the protocol of CaseQ (its card, section 7): both tests of a user see the same parameters, and the lapse
 test sees the N events in between as inputs (they are `history`: never a target).
@@ -14,12 +16,12 @@ test sees the N events in between as inputs (they are `history`: never a target)
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import ibis
 
 from llmrec.data.schema import KEY, ORDER, SPLIT, SPLITS, TIMESTAMP, USER
+from llmrec.discovery import nearest
 from llmrec.errors import DataError, RecipeError
 
 NAMES = ("leave_one_out", "temporal_80_10_10", "user_80_10_10", "gap_30", "given")
@@ -31,7 +33,7 @@ GIVEN_NAMES = {
     "testing": "test",
     **{name: name for name in SPLITS},
 }
-GIVEN = "given_split"
+GIVEN = "_given_split"
 """Name the source's own split column travels under until a rule is chosen."""
 
 
@@ -43,23 +45,24 @@ def check_rule(rule: str) -> str:
     """
     if rule in NAMES or re.fullmatch(r"gap_\d{1,6}", rule):
         return rule
-    nearest = difflib.get_close_matches(rule, NAMES, n=1, cutoff=0.3)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise RecipeError(f"unknown split {rule!r}{hint} Known: {', '.join(NAMES)} (gap_N for any N)")
+    known = f"{', '.join(NAMES)} (gap_N for any N)"
+    raise RecipeError(f"unknown split {rule!r}{nearest(rule, list(NAMES))}; known: {known}")
 
 
-def assign_splits(events: ibis.Table, users: ibis.Table, rule: str, *, seed: int, connection: ibis.BaseBackend) -> ibis.Table:
+def assign_splits(
+    events: ibis.Table, users: ibis.Table, rule: str, *, seed: int, connection: ibis.BaseBackend
+) -> ibis.Table:
     """Add the column `split`.
 
     Args:
-        events: user, item, order (0, 1, ... within each user, oldest first) [, timestamp, given_split].
+        events: user, item, order (0, 1, ... within each user, oldest first) [, timestamp] [, the source's own split].
         users: user, key.
         rule: One of the rules above.
         seed: Draws the users of user_80_10_10; the other rules use no chance.
         connection: Where the expressions run; rules that need a global figure (a time, a count) ask for it here.
 
     Returns:
-        The same rows with `split`, without `given_split`.
+        The same rows with `split`, without the source's own split column.
 
     Raises:
         RecipeError: Unknown rule.
@@ -80,29 +83,32 @@ def assign_splits(events: ibis.Table, users: ibis.Table, rule: str, *, seed: int
 
 
 def _with_length(events: ibis.Table) -> ibis.Table:
-    return events.mutate(length=events.count().over(group_by=USER))
+    return events.mutate(_length=events.count().over(group_by=USER))
 
 
 def _leave_one_out(events: ibis.Table) -> ibis.Table:
     t = _with_length(events)
     split = ibis.cases(
-        (t.length < 3, "train"), (t[ORDER] == t.length - 1, "test"), (t[ORDER] == t.length - 2, "valid"), else_="train"
+        (t["_length"] < 3, "train"),
+        (t[ORDER] == t["_length"] - 1, "test"),
+        (t[ORDER] == t["_length"] - 2, "valid"),
+        else_="train",
     )
-    return t.mutate(split=split).drop("length")
+    return t.mutate(split=split).drop("_length")
 
 
 def _gap(events: ibis.Table, gap: int) -> ibis.Table:
     t = _with_length(events)
-    from_end = t.length - t[ORDER]  # 1 = the last event
+    from_end = t["_length"] - t[ORDER]  # 1 = the last event
     split = ibis.cases(
-        (t.length < gap + 3, "train"),
+        (t["_length"] < gap + 3, "train"),
         (from_end > gap + 2, "train"),
         (from_end == gap + 2, "valid"),
         (from_end == gap + 1, "test"),
         (from_end == 1, "test_lapse"),
         else_="history",
     )
-    return t.mutate(split=split).drop("length")
+    return t.mutate(split=split).drop("_length")
 
 
 def _temporal(events: ibis.Table, connection: ibis.BaseBackend) -> ibis.Table:
@@ -140,20 +146,22 @@ def _temporal(events: ibis.Table, connection: ibis.BaseBackend) -> ibis.Table:
 
 def _by_user(events: ibis.Table, users: ibis.Table, seed: int, connection: ibis.BaseBackend) -> ibis.Table:
     """Users are ranked by a digest of (seed, original id), so the draw does not depend on the order of the file."""
-    total = int(connection.execute(users.count()))
+    lengths = events.group_by(USER).aggregate(events=events.count())
+    askable = users.semi_join(lengths.filter(lengths.events >= 2), USER)
+    total = int(connection.to_pyarrow(askable.count()).as_py())
     train, valid = total * 8 // 10, total // 10
-    hashed = users.select(USER, KEY, digest=(ibis.literal(f"{seed}:") + users[KEY]).hexdigest("md5"))
-    ranked = hashed.select(USER, drawn=ibis.row_number().over(order_by=[hashed.digest, hashed[KEY]]))
-    t = _with_length(events).inner_join(ranked, USER)
-    is_last = t[ORDER] == t.length - 1
+    hashed = askable.select(USER, KEY, digest=(ibis.literal(f"{seed}:") + askable[KEY]).hexdigest("md5"))
+    ranked = hashed.select(USER, _drawn=ibis.row_number().over(order_by=[hashed.digest, hashed[KEY]]))
+    t = _with_length(events)
+    t = t.left_join(ranked, t[USER] == ranked[USER]).select(*t.columns, _drawn=ranked["_drawn"].fill_null(-1))
+    is_last = t[ORDER] == t["_length"] - 1
     split = ibis.cases(
-        (t.drawn < train, "train"),
-        (t.length < 2, "train"),
+        (t["_drawn"] < train, "train"),
         (~is_last, "history"),
-        (t.drawn < train + valid, "valid"),
+        (t["_drawn"] < train + valid, "valid"),
         else_="test",
     )
-    return t.mutate(split=split).drop("length", "drawn")
+    return t.mutate(split=split).drop("_length", "_drawn")
 
 
 def _given(events: ibis.Table, connection: ibis.BaseBackend) -> ibis.Table:

@@ -21,14 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmrec.blocks.attention import MultiHeadAttention
-from llmrec.blocks.feedforward import FeedForward
+from llmrec.blocks.attention import IMPLEMENTATIONS, MultiHeadAttention
+from llmrec.blocks.feedforward import ACTIVATIONS, FeedForward
 from llmrec.blocks.readout import padding_mask
 from llmrec.encoders.base import EncoderOutput, SequenceEncoder, SequenceEncoderConfig, register
 from llmrec.errors import DataError, RecipeError
 from llmrec.paper import Paper
 
 PAPER = Paper(title="Self-Attentive Sequential Recommendation", venue="ICDM 2018", url_id="1808.09781", system="SASRec")
+NORMS = ("pre", "classic", "post")
 
 
 class SASRecConfig(SequenceEncoderConfig):
@@ -55,6 +56,9 @@ class SASRecConfig(SequenceEncoderConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name, known in (("norm", NORMS), ("activation", tuple(ACTIVATIONS)), ("implementation", IMPLEMENTATIONS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"encoder.{name}: found {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise RecipeError(
                 f"encoder.num_heads: found {self.num_heads}, expected a divisor of hidden_size {self.hidden_size}"

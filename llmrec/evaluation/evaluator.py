@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llmrec.data.sequences import SequenceCollator, SequenceExamples, pad_right
 from llmrec.errors import DataError
-from llmrec.evaluation.measuring import Found, Job, choose_step, judge, with_drawn_candidates
+from llmrec.evaluation.found import Found, with_drawn_candidates
+from llmrec.evaluation.measuring import Job, choose_step, judge
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.results import EvalResult, print_results, results_record, summarise
 from llmrec.evaluation.tables import prediction_table

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmrec.errors import DataError
+from llmrec.evaluation.found import Found, list_ranks
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.ranking import rank_by_count, rank_of_column, top_k
 from llmrec.evaluation.results import ANSWERS, EXACT_RANKS
@@ -19,28 +20,6 @@ from llmrec.evaluation.text_answers import judge_answers
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
     from llmrec.data.sequences import SequenceExamples
-
-
-@dataclass
-class Found:
-    """Arrays of all examples, filled batch by batch in any order."""
-
-    ranks: np.ndarray
-    num_ranked: np.ndarray
-    items: np.ndarray
-    scores: np.ndarray
-    texts: list[str] | None = None
-    exact: np.ndarray | None = None
-
-    @classmethod
-    def empty(cls, count: int, length: int) -> Found:
-        """Nothing found yet for `count` examples with lists of `length`."""
-        return cls(
-            ranks=np.full(count, np.nan),
-            num_ranked=np.zeros(count, dtype=np.int64),
-            items=np.zeros((count, length), dtype=np.int64),
-            scores=np.full((count, length), -np.inf, dtype=np.float32),
-        )
 
 
 @dataclass
@@ -57,26 +36,6 @@ class Job:
     def num_items(self) -> int:
         """I."""
         return self.dataset.num_items
-
-
-def with_drawn_candidates(
-    dataset: InteractionDataset, examples: SequenceExamples, protocol: EvalProtocol, seed: int
-) -> SequenceExamples:
-    """The examples with the candidate lists of one draw; unchanged for full ranking.
-
-    Raises:
-        DataError: A list does not hold its target exactly once.
-    """
-    size = protocol.num_candidates
-    if size is None:
-        return examples
-    from llmrec.data.negatives import candidate_lists
-
-    lists = np.asarray(candidate_lists(dataset, examples, size, protocol.kind, seed), dtype=np.int64)
-    wrong = int(((lists == examples.targets[:, None]).sum(axis=1) != 1).sum())
-    if wrong:
-        raise DataError("candidate lists must hold the target exactly once", found=f"{wrong} lists that do not")
-    return examples.with_candidates(lists)
 
 
 Step = Callable[[Job, Any, np.ndarray], None]
@@ -159,12 +118,6 @@ def judge(job: Job) -> None:
     found.items[:, 0], found.num_ranked[:] = judged.items, judged.valid
     found.ranks[:] = np.where(judged.correct, 1.0, np.nan)
     found.exact = judged.exact
-
-
-def list_ranks(items: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[n] first position (from 1) of each target in its list [n, K]; NaN where it is not listed."""
-    hits = items == targets[:, None]
-    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.nan)
 
 
 def _removed(job: Job, index: np.ndarray) -> np.ndarray:

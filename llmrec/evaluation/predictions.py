@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec.errors import CheckFailed, DataError
-from llmrec.evaluation.measuring import Found, list_ranks, with_drawn_candidates
+from llmrec.evaluation.found import Found, list_ranks, with_drawn_candidates
 from llmrec.evaluation.prediction_files import Answers, read_answers
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.results import EXACT_RANKS, EvalResult, summarise

@@ -3,26 +3,31 @@
 Nothing here sorts a catalogue: the rank of one target needs only how many items score higher, so one pass over the
 scores does. With I = 50,000 items that is more than a hundred times cheaper than sorting on one CPU core.
 
-Glossary (r the rank of the only target of an example, k the cut):
-
-    hr@k        1 if r <= k else 0; with one target this is recall@k too
-    ndcg@k      1 / log2(1 + r) if r <= k else 0
-    mrr@k       1 / r if r <= k else 0
-    coverage@k  share of the catalogue that stands in at least one top-k list
-    novelty@k   mean over list entries of -log2((c_i + 1) / (N + I)), c_i training events of item i, N their sum
-    gini@k      inequality of how often each item of the catalogue is recommended: 0 equal, near 1 a few items only
+The metrics of ranks and lists, with the glossary, stand in `metrics`; they are offered here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llmrec.errors import DataError
+from llmrec.evaluation.metrics import ListStatistics, hit_rate, list_statistics, ndcg, reciprocal_rank
+
+__all__ = [
+    "ListStatistics",
+    "RankCounter",
+    "hit_rate",
+    "list_statistics",
+    "ndcg",
+    "rank_by_count",
+    "rank_in_chunks",
+    "rank_of_column",
+    "reciprocal_rank",
+    "top_k",
+]
 
 _ROW_BYTES = 4 << 20  # a block of comparisons small enough to stay in the processor's cache
 _EXACT_FLOAT_COUNT = 1 << 24  # float32 counts exactly up to here
@@ -128,7 +133,8 @@ class RankCounter:
             self._add_block(scores[:, left : left + _EXACT_FLOAT_COUNT])
 
     def _add_block(self, scores: Tensor) -> None:
-        rows = max(1, _ROW_BYTES // (4 * max(1, scores.shape[1])))
+        budget = _ROW_BYTES if scores.device.type == "cpu" else 64 * _ROW_BYTES
+        rows = max(1, budget // (4 * max(1, scores.shape[1])))
         buffer = torch.empty(min(rows, len(scores)), scores.shape[1], device=scores.device)
         for top in range(0, len(scores), rows):
             block = scores[top : top + rows].float()
@@ -204,58 +210,3 @@ def _refuse_nan(values: Tensor) -> None:
             expected="finite scores, -inf for masked items",
             remedy="look for a diverged training run (loss NaN) or an unstable compute dtype",
         )
-
-
-# Metrics of ranks; a rank of NaN or infinity means that the target was not found.
-
-
-def hit_rate(ranks: np.ndarray, k: int) -> np.ndarray:
-    """[n] 1 if r <= k else 0. With one target per example this is recall@k as well."""
-    return (ranks <= k).astype(np.float64)
-
-
-def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
-    """[n] 1 / log2(1 + r) if r <= k else 0; the ideal list holds the one target first, so the ideal gain is 1."""
-    found = ranks <= k
-    return np.where(found, 1.0 / np.log2(1.0 + np.where(found, ranks, 1.0)), 0.0)
-
-
-def reciprocal_rank(ranks: np.ndarray, k: int) -> np.ndarray:
-    """[n] 1 / r if r <= k else 0; its mean is MRR@k."""
-    found = ranks <= k
-    return np.where(found, 1.0 / np.where(found, ranks, 1.0), 0.0)
-
-
-@dataclass(frozen=True)
-class ListStatistics:
-    """What top-k lists say about the use of the catalogue.
-
-    Args:
-        coverage: |items in at least one list| / I.
-        gini: sum_j (2 j - I - 1) x_(j) / (I sum_j x_(j)), x_(j) the j-th smallest count of recommendations.
-        novelty: [n] mean -log2((c_i + 1) / (N + I)) over each list's items; NaN for an empty list.
-    """
-
-    coverage: float
-    gini: float
-    novelty: np.ndarray
-
-
-def list_statistics(lists: np.ndarray, train_counts: np.ndarray) -> ListStatistics:
-    """Coverage, Gini index and novelty of top-k lists.
-
-    Args:
-        lists: [n, k] item ids, 0 = empty place.
-        train_counts: [I+1] training events per item, row 0 zero. One is added to each item, so that items without
-            a training event have a finite novelty (our choice).
-    """
-    num_items = len(train_counts) - 1
-    used = np.bincount(lists.ravel(), minlength=num_items + 1)[1:]
-    share = (train_counts + 1.0) / (train_counts[1:].sum() + num_items)
-    information, filled = -np.log2(share), lists > 0
-    size = filled.sum(axis=1)
-    total = np.where(filled, information[lists], 0.0).sum(axis=1)
-    weights = 2.0 * np.arange(1, num_items + 1) - num_items - 1
-    gini = float((weights * np.sort(used)).sum() / (num_items * used.sum())) if used.sum() else 0.0
-    novelty = np.divide(total, size, out=np.full(len(lists), np.nan), where=size > 0)
-    return ListStatistics(float((used > 0).mean()), gini, novelty)

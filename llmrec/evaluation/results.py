@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from llmrec.errors import CheckFailed, DataError, RecipeError
 from llmrec.evaluation.intervals import bootstrap_means
+from llmrec.evaluation.metrics import list_statistics
 from llmrec.evaluation.protocol import SAMPLED_NOTE, EvalProtocol
-from llmrec.evaluation.ranking import list_statistics
 from llmrec.evaluation.tables import FORMAT_VERSION, VALID_RATIO, metric_values, split_metric, write_predictions
 
 if TYPE_CHECKING:

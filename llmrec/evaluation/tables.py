@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluation.intervals import user_sums
-from llmrec.evaluation.ranking import hit_rate, ndcg, reciprocal_rank
+from llmrec.evaluation.metrics import hit_rate, ndcg, reciprocal_rank
 
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset

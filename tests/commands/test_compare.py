@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -137,6 +138,16 @@ def test_runs_are_found_or_the_reason_is_said(folder, tmp_path):
     assert call(path, f"{folder}:oracle") == 0
 
 
+@pytest.mark.parametrize("tests, rows", [(1, 50), (2, 119)])
+def test_tables_of_different_users_or_targets_are_refused(tests, rows):
+    data = random_dataset(users=60, tests=tests)
+    whole = Evaluator(PROTOCOL, progress=False).run(TableScorer(30), data)
+    part = replace(whole, predictions=whole.predictions.slice(0, rows))
+    with pytest.raises(CheckFailed, match="different users or targets"):
+        compare.compare(whole, part)
+
+
 def test_the_module_is_light():
-    code = "import sys, llmrec.commands.compare; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    # Reading two tables needs no torch, so the verb answers at once.
+    code = "import sys, llmrec.commands.compare, llmrec.evaluation.predictions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

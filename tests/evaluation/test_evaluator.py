@@ -289,3 +289,20 @@ def test_printed_table_names_protocol_fingerprint_and_interval():
     for part in ("a [x]", "b (by top-10 lists)", "full ranking, test, seen removed", results["b"].fingerprint):
         assert part in text
     assert f"{estimate['mean']:.4f}" in text and f"{estimate['low']:.4f}-{estimate['high']:.4f}" in text
+
+
+def test_real_draws_of_candidates():
+    data, system = random_dataset(num_items=60), TableScorer(60)
+    protocol = parse_protocol("candidates-20", seeds=(1, 2))
+    result = run(system, data, protocol)
+    assert run(system, data, protocol).predictions.equals(result.predictions)
+    assert result.predictions.column("num_ranked").unique().to_pylist() == [20]
+    assert (
+        1
+        <= min(result.predictions.column("rank").to_pylist())
+        <= max(result.predictions.column("rank").to_pylist())
+        <= 20
+    )
+    assert result.predictions.slice(0, 40).column("rank") != result.predictions.slice(40).column("rank")
+    # a random system hits one time in twenty at 1, ten times in twenty at 10
+    assert abs(result.metrics["hr@10"]["mean"] - 0.5) < 0.2

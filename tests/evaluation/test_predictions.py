@@ -12,7 +12,7 @@ from llmrec.errors import CheckFailed, DataError
 from llmrec.evaluation.evaluator import Evaluator
 from llmrec.evaluation.predictions import load_predictions, score_predictions
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
-from tests.evaluation.small import TableScorer, every_item, random_dataset, use_candidates
+from tests.evaluation.small import TableScorer, every_item, make_dataset, random_dataset, use_candidates
 
 DATA = random_dataset()
 PROTOCOL = EvalProtocol(ks=(1, 3, 10))
@@ -202,3 +202,11 @@ def test_one_list_answers_each_target_of_a_user(tmp_path):
     result = score_predictions(write(tmp_path / "a.csv", lists, "bars"), data, PROTOCOL)
     # the second target of a user finds the first one seen, so the list closes up to rank 1
     assert result.predictions.column("rank").to_pylist() == [1.0] * 10
+
+
+def test_a_repeated_target_stays_in_a_list_whose_seen_items_go(tmp_path):
+    data = make_dataset([[2, 1, 2]], 4, has_repeats=True)
+    (tmp_path / "a.csv").write_text("user,items\nu1,i1|i3|i2|i4\n")
+    protocol = EvalProtocol(ks=(1, 2, 3), remove_seen=True)
+    table = score_predictions(tmp_path / "a.csv", data, protocol).predictions
+    assert table["rank"].to_pylist() == [2.0] and table["items"].to_pylist() == [[3, 2, 4]]

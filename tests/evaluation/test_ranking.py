@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +8,9 @@ from hypothesis import strategies as st
 from llmrec.errors import DataError
 from llmrec.evaluation.ranking import (
     RankCounter,
-    hit_rate,
-    list_statistics,
-    ndcg,
     rank_by_count,
     rank_in_chunks,
     rank_of_column,
-    reciprocal_rank,
     top_k,
 )
 
@@ -143,33 +136,3 @@ def test_top_k_lists():
     assert items.tolist() == [[3, 1], [3, 1]] and best.tolist() == [[3.0, 1.0], [6.0, 4.0]]
     items, best = top_k(scores, 5, torch.tensor([[1, 2], [1, 2]]))
     assert items.tolist() == [[3, 0, 0, 0, 0]] * 2 and best[0, 1:].tolist() == [-INF] * 4
-
-
-def test_metrics_by_hand():
-    ranks = np.array([1.0, 2.5, 10.0, 11.0, np.nan, np.inf])
-    assert hit_rate(ranks, 10).tolist() == [1, 1, 1, 0, 0, 0]
-    assert ndcg(ranks, 10) == pytest.approx([1, 1 / math.log2(3.5), 1 / math.log2(11), 0, 0, 0])
-    assert reciprocal_rank(ranks, 10) == pytest.approx([1, 0.4, 0.1, 0, 0, 0])
-
-
-@given(st.lists(st.floats(1, 50) | st.just(INF) | st.just(float("nan")), min_size=1, max_size=30))
-def test_metrics_lie_in_the_unit_interval_and_grow_with_k(values):
-    ranks = np.array(values)
-    for metric in (hit_rate, ndcg, reciprocal_rank):
-        series = np.stack([metric(ranks, k) for k in range(1, 60)])
-        assert (series >= 0).all() and (series <= 1).all() and (np.diff(series, axis=0) >= 0).all()
-    assert (ndcg(ranks, 9) <= hit_rate(ranks, 9)).all() and (reciprocal_rank(ranks, 9) <= ndcg(ranks, 9)).all()
-
-
-def test_list_statistics_by_hand():
-    counts = np.array([0, 3, 1, 0, 0])  # N + I = 8, shares 4/8, 2/8, 1/8, 1/8 -> 1, 2, 3, 3 bits
-    got = list_statistics(np.array([[1, 2], [1, 3], [0, 0]]), counts)
-    assert got.coverage == 0.75
-    assert got.novelty[:2].tolist() == [1.5, 2.0] and np.isnan(got.novelty[2])
-    # counts of recommendations sorted 0 1 1 2: (-3*0 - 1*1 + 1*1 + 3*2) / (4 * 4)
-    assert got.gini == pytest.approx(6 / 16)
-
-
-def test_gini_of_equal_and_of_one_sided_lists():
-    assert list_statistics(np.array([[1], [2], [3]]), np.zeros(4)).gini == pytest.approx(0)
-    assert list_statistics(np.array([[2], [2], [2]]), np.zeros(4)).gini == pytest.approx(2 / 3)  # (I - 1) / I

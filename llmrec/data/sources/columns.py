@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmrec.errors import DataError, RecipeError
 
-ROW = "row"
+ROW = "source_row"
 INTERACTION_ROLES: Mapping[str, tuple[str, ...]] = {
     "user": (
         "userid", "user", "uid", "customerid", "customer", "reviewerid", "visitorid", "memberid", "accountid",
@@ -47,7 +47,7 @@ TEXT_ROLES: Mapping[str, tuple[str, ...]] = {
 
 _ALIASES = {
     "time": "timestamp", "user_key": "user", "user_id": "user", "item_key": "item", "item_id": "item",
-    "pos": "order", "genres": "categories", "category": "categories", "source_row": ROW, "src_row": ROW,
+    "pos": "order", "genres": "categories", "category": "categories", "row": ROW, "src_row": ROW,
 }  # fmt: skip
 
 
@@ -67,7 +67,9 @@ def checked_overrides(columns: Mapping[str, str]) -> dict[str, str]:
     for ours, theirs in columns.items():
         role = _ALIASES.get(ours.strip().lower(), ours.strip().lower())
         if role not in known:
-            raise RecipeError(f"--columns: {ours!r} is not a column of ours; expected one of: {', '.join(sorted(known))}")
+            raise RecipeError(
+                f"--columns: {ours!r} is not a column of ours; expected one of: {', '.join(sorted(known))}"
+            )
         result[role] = theirs
     return result
 
@@ -98,7 +100,9 @@ def sniff_columns(
     return found
 
 
-def require(found: Mapping[str, str], needed: Iterable[str], overrides: Mapping[str, str], *, file: Path, names: Iterable[str]) -> None:
+def require(
+    found: Mapping[str, str], needed: Iterable[str], overrides: Mapping[str, str], *, file: Path, names: Iterable[str]
+) -> None:
     """Check that needed roles, and overrides for them, were found.
 
     Raises:
@@ -108,7 +112,9 @@ def require(found: Mapping[str, str], needed: Iterable[str], overrides: Mapping[
         if role in overrides and found.get(role) != overrides[role]:
             problem, expected = f"no column {overrides[role]!r} for {role!r}", f"a column named {overrides[role]!r}"
         elif role not in found:
-            examples = ", ".join({"user": ("user_id", "userId", "customer_id")}.get(role, ("item_id", "movieId", "asin")))
+            examples = ", ".join(
+                {"user": ("user_id", "userId", "customer_id")}.get(role, ("item_id", "movieId", "asin"))
+            )
             problem, expected = f"no {role} column", f"a column such as {examples}"
         else:
             continue

@@ -1,0 +1,292 @@
+"""The Python face of a trained run: original ids and titles in, ranked items with titles out.
+
+    recommender = llmrec.Recommender.from_pretrained("runs/quickstart/ilora")
+    for item in recommender.recommend([["50", "172"]], k=5)[0]:
+        print(item.title, item.score, item.reasons)
+
+It accepts every kind of run: counting baselines, sequence encoders and LLM recommenders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmrec.errors import CheckpointError, DataError
+from llmrec.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmrec.data.dataset import InteractionDataset
+    from llmrec.recipe import Recipe
+
+System = Literal["auto", "model", "encoder"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an item may have been recommended: a history item like it.
+
+    Args:
+        item: Original id of the history item.
+        title: Its title.
+        similarity: Cosine between the two item vectors of the system's item table.
+        shared_users: Users with both items in the training data.
+    """
+
+    item: str
+    title: str
+    similarity: float
+    shared_users: int
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item: original id, title, score of the system, and the nearest history items."""
+
+    item: str
+    title: str
+    score: float
+    reasons: tuple[Reason, ...] = ()
+
+
+class Recommender:
+    """A trained system with its data set.
+
+    Args:
+        system: Anything with `recommend(batch, k)`.
+        dataset: The data set it was trained on (ids, titles, popularity).
+        max_history: The latest events the system sees.
+        name: Name of the system.
+        item_vectors: [I+1, d] used for reasons, or None.
+    """
+
+    def __init__(
+        self,
+        system: Any,
+        dataset: InteractionDataset,
+        *,
+        max_history: int,
+        name: str,
+        item_vectors: np.ndarray | None = None,
+    ) -> None:
+        self.system, self.dataset, self.name = system, dataset, name
+        self.max_history = max_history
+        self._vectors = item_vectors
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, system: System = "auto") -> Recommender:
+        """Load a run folder.
+
+        Args:
+            folder: A run written by `llmrec train` or `llmrec quickstart`.
+            system: "model" (LLM or head), "encoder", or "auto": the model where there is one.
+
+        Raises:
+            CheckpointError: The folder is no finished run, or its parts do not belong together.
+        """
+        run = RunDir(Path(folder))
+        recipe = load_run_recipe(run)
+        from llmrec.data.dataset import InteractionDataset
+
+        dataset = InteractionDataset.load(run.dataset)
+        loaded, name, encoder = load_system(run, recipe, system)
+        vectors = None
+        if encoder is not None and getattr(encoder, "trainable", False):
+            vectors = encoder.item_vectors().detach().float().cpu().numpy()
+        return cls(loaded, dataset, max_history=recipe.dataset.max_history, name=name, item_vectors=vectors)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        on_empty: Literal["error", "popular"] = "error",
+        on_unknown: Literal["error", "skip"] = "error",
+        allow_seen: bool | None = None,
+        reasons: int = 0,
+        batch_size: int = 64,
+    ) -> list[list[Recommendation]]:
+        """Ranked items for each history.
+
+        Args:
+            histories: Original item ids, oldest first.
+            k: Items per history.
+            on_empty: What an empty history means: an error, or the most popular items.
+            on_unknown: What an id outside the catalogue means: an error, or leave it out.
+            allow_seen: Also recommend items of the history; None follows the data set (repeats or not).
+            reasons: Nearest history items to name per recommendation.
+            batch_size: Histories per forward.
+
+        Returns:
+            One list per history, best first.
+
+        Raises:
+            DataError: An empty history or an unknown id, unless told otherwise.
+        """
+        encoded = [self._encode(number, history, on_unknown) for number, history in enumerate(histories)]
+        self._check_empty(encoded, on_empty)
+        answers: list[list[Recommendation]] = [[] for _ in encoded]
+        filled = [number for number, items in enumerate(encoded) if items]
+        for start in range(0, len(filled), batch_size):
+            numbers = filled[start : start + batch_size]
+            ranked = self._rank([encoded[n] for n in numbers], k, allow_seen)
+            for number, row in zip(numbers, ranked, strict=True):
+                answers[number] = [self._describe(item, score, encoded[number], reasons) for item, score in row]
+        for number, items in enumerate(encoded):
+            if not items:
+                answers[number] = self.popular(k)
+        return answers
+
+    def popular(self, k: int) -> list[Recommendation]:
+        """The k most frequent items of the training data; the score is the count."""
+        import numpy as np
+
+        counts = self.dataset.context().train_counts
+        best = np.argsort(-counts[1:], kind="stable")[:k] + 1
+        return [self._describe(int(item), float(counts[item]), [], 0) for item in best]
+
+    def history_of(self, user: str) -> list[str]:
+        """Original ids of a user's whole history, oldest first.
+
+        Raises:
+            DataError: No such user.
+        """
+        number = self.dataset.user_id_of(user)
+        start, end = self.dataset.user_offsets[number : number + 2]
+        return [self.dataset.item_keys[item] for item in self.dataset.column("item")[start:end]]
+
+    def _encode(self, number: int, history: Sequence[str], on_unknown: str) -> list[int]:
+        ids = self.dataset.item_ids_of([str(item) for item in history]).tolist()
+        unknown = [str(item) for item, found in zip(history, ids, strict=True) if not found]
+        if unknown and on_unknown == "error":
+            raise DataError(
+                f"history {number} names items that are not in the catalogue of {self.dataset.meta.name!r}",
+                found=", ".join(unknown[:5]),
+                expected=f"original item ids, such as {', '.join(self.dataset.item_keys[1:4])}",
+                remedy="leave them out (--on-unknown skip) or prepare the data with these items",
+            )
+        return [item for item in ids if item]
+
+    def _check_empty(self, encoded: list[list[int]], on_empty: str) -> None:
+        empty = [number for number, items in enumerate(encoded) if not items]
+        if empty and on_empty == "error":
+            raise DataError(
+                f"history {empty[0]} is empty",
+                expected="at least one item of the catalogue",
+                remedy="give a history, or ask for the most popular items (--on-empty popular)",
+            )
+
+    def _rank(self, histories: list[list[int]], k: int, allow_seen: bool | None) -> list[list[tuple[int, float]]]:
+        from llmrec.blocks.readout import ranked_rows
+        from llmrec.data.sequences import history_batch
+
+        allow = self.dataset.meta.has_repeats if allow_seen is None else allow_seen
+        if hasattr(self.system, "collate"):
+            batch = self.system.collate([self._row(items) for items in histories])
+        else:
+            batch = history_batch(histories, self.max_history)
+        if allow:
+            batch.pop("seen", None)
+        return ranked_rows(self.system, batch, k)
+
+    def _row(self, items: list[int]) -> dict[str, Any]:
+        import numpy as np
+
+        whole = np.asarray(items, dtype=np.int64)
+        window = whole[-self.max_history :]
+        return {"user_id": 0, "example_id": 0, "item_ids": window, "targets": np.zeros_like(window), "seen": whole}
+
+    def _describe(self, item: int, score: float, history: list[int], reasons: int) -> Recommendation:
+        return Recommendation(
+            self.dataset.item_keys[item], self.dataset.item_titles[item], score, self._reasons(item, history, reasons)
+        )
+
+    def _reasons(self, item: int, history: list[int], count: int) -> tuple[Reason, ...]:
+        import numpy as np
+
+        if not count or not history or self._vectors is None:
+            return ()
+        unique = np.array(sorted(set(history) - {item}), dtype=np.int64)
+        if not unique.size:
+            return ()
+        vectors = self._vectors / np.maximum(np.linalg.norm(self._vectors, axis=1, keepdims=True), 1e-12)
+        similarity = vectors[unique] @ vectors[item]
+        nearest = np.argsort(-similarity, kind="stable")[:count]
+        users, items = self.dataset.context().train_edges
+        with_item = np.unique(users[items == item])
+        return tuple(
+            Reason(
+                self.dataset.item_keys[unique[n]],
+                self.dataset.item_titles[unique[n]],
+                float(similarity[n]),
+                int(np.isin(np.unique(users[items == unique[n]]), with_item).sum()),
+            )
+            for n in nearest
+        )
+
+
+def load_run_recipe(run: RunDir) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        CheckpointError: The folder is not a run.
+    """
+    from llmrec.recipe import load_recipe
+
+    if not run.recipe.is_file():
+        raise CheckpointError(
+            f"{run.root} is not a run: it has no {run.recipe.name}. `llmrec train RECIPE --out {run.root}` makes one"
+        )
+    return load_recipe(run.recipe)
+
+
+def load_system(run: RunDir, recipe: Recipe, system: System = "auto") -> tuple[Any, str, Any]:
+    """The system of a run: (recommender, its name, its encoder or None).
+
+    Raises:
+        CheckpointError: The asked part was not trained yet.
+    """
+    encoder = load_encoder(run.encoder, recipe) if (run.encoder / "config.json").is_file() else None
+    wants_model = system == "model" or (system == "auto" and recipe.llm is not None and recipe.prompt is not None)
+    if not wants_model:
+        if encoder is None or recipe.encoder is None:
+            raise CheckpointError(f"{run.root}: no trained encoder in {run.encoder.name}/; train the recipe first")
+        return encoder, part_name(recipe.encoder.type), encoder
+    if not (run.model / "recommender.json").is_file():
+        raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe first (--resume auto)")
+    from llmrec.llm.recommender import LLMRecommender
+
+    return LLMRecommender.from_pretrained(run.model, encoder=encoder), system_name(recipe), encoder
+
+
+def load_encoder(folder: Path, recipe: Recipe) -> Any:
+    """A saved encoder; the recipe's `type` is imported first, so that a fresh process knows outside encoders."""
+    from llmrec import discovery
+
+    if recipe.encoder is None:
+        raise CheckpointError(f"{folder}: the recipe has no encoder section")
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder} holds no trained encoder: expected config.json and model.safetensors (other weight formats are not read)"
+        )
+    encoder = discovery.resolve("encoder", recipe.encoder.type).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
+    return encoder.eval()
+
+
+def part_name(type_name: str) -> str:
+    """Short name of a `type`: "sasrec" for sasrec, mypackage.SASRec and parts/mine.py:SASRec alike."""
+    return type_name.rpartition(":")[2].rpartition(".")[2].lower()
+
+
+def system_name(recipe: Recipe) -> str:
+    """Short name of what a recipe trains, used for prediction files and tables."""
+    if recipe.llm is not None and recipe.prompt is not None:
+        return part_name(recipe.tuner.type) if recipe.tuner is not None else "llm"
+    if recipe.head is not None:
+        return part_name(recipe.head.type)
+    assert recipe.encoder is not None
+    return part_name(recipe.encoder.type)

@@ -1,0 +1,230 @@
+"""The training loop of a stage: transformers' Trainer with our loss, order of examples and checkpoints.
+
+`StageLoop` is a mixin over `transformers.Trainer` (`RecTrainer`) and `trl.SFTTrainer` (`llmrec.training.answers`).
+Three things differ from the stock loop: the loss of an accumulated step is the mean over all its supervised places, not
+a mean of means; validation is a callable and leaves the random numbers alone; and checkpoints are whole, verified and
+free of pickle, so that a resumed run takes the very steps the uninterrupted one would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from llmrec.errors import DataError, RecipeError
+from llmrec.strategies.base import StepInfo, StepLoss, TrainingStrategy
+from llmrec.training.callbacks import LOSS_DRAWS, ORDER_DRAWS, StrategyHooks, means
+from llmrec.training.optim import parameter_groups
+from llmrec.training.resuming import AtomicCheckpoints, StageRun
+from llmrec.training.states import TrainableState, derived_generator, kept_rng
+
+
+class StageModule(nn.Module):
+    """Model and strategy as one module, so that everything with gradients runs inside the distributed wrapper."""
+
+    def __init__(self, model: nn.Module, strategy: TrainingStrategy) -> None:
+        super().__init__()
+        self.model = model
+        self.strategy = strategy
+
+    def forward(self, batch: Any, step: StepInfo) -> StepLoss:
+        """The strategy's loss of a batch."""
+        return self.strategy.loss(self.model, batch, step)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Switch it on in every transformers model inside that has it.
+
+        Raises:
+            RecipeError: None has.
+        """
+        able = [m for m in self.model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+        outer = [m for m in able if not any(m is not other and m in set(other.modules()) for other in able)]
+        if not outer:
+            raise RecipeError(f"activation_checkpointing: {type(self.model).__name__} does not support it")
+        for model in outer:
+            model.activation_checkpointing_enable(**options)
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """Order of examples: the strategy's, or a shuffle derived from seed and epoch; the same after a resume."""
+
+    def __init__(self, loop: StageLoop, length: int) -> None:
+        self.loop, self.length = loop, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.loop.state.global_step // self.loop.steps_per_epoch
+        order = self.loop.strategy.sampler(epoch)
+        if order is None:
+            seed = np.random.SeedSequence([self.loop.args.seed, ORDER_DRAWS, epoch])
+            order = np.random.default_rng(seed).permutation(self.length)
+        if len(order) != self.length:
+            name = type(self.loop.strategy).__name__
+            raise DataError(
+                f"{name}.sampler returned {len(order)} positions", expected=f"{self.length}, one per example"
+            )
+        yield from np.asarray(order).tolist()
+
+
+class StageLoop(AtomicCheckpoints):
+    """Mixin over a Trainer; call `begin` before `train`."""
+
+    loss_is_scaled_for_ga = True  # by `training_step`, over all places of the step
+
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    control: Any
+
+    def begin(self, run: StageRun) -> None:
+        """Connect the loop to a run; called once after construction."""
+        self.run, self.strategy = run, run.strategy
+        self.inner_model: nn.Module = self.model.model
+        self._micro = 0
+        self._saved_step = -1
+        self._loss_sum: Tensor | float = 0.0
+        self._count = 0
+        self._parts: dict[str, tuple[Any, int]] = {}
+        self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
+        for callback in (StrategyHooks(self), run.signal):
+            self.add_callback(callback)  # type: ignore[attr-defined]
+        loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+        planned = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
+        self.steps_per_epoch, self.total_steps = int(planned[1]), int(planned[6])
+
+    def adopt_weights(self) -> None:
+        """Note which tensors train; called after the strategy's `prepare`, which may freeze or add some."""
+        self.trainable = TrainableState(self.model)
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return EpochOrder(self, len(self.train_dataset))  # type: ignore[attr-defined]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer the arguments name, over our parameter groups."""
+        if getattr(self, "optimizer", None) is None:
+            try:
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
+            except (ImportError, ValueError) as error:
+                raise RecipeError(f"optim: {self.args.optim.value} is not available: {error}") from error
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or "params" in options:
+                raise RecipeError(
+                    f"optim: {self.args.optim.value} builds its own parameter groups; choose another optimizer"
+                )
+            groups = parameter_groups(
+                self.model if model is None else model, self.inner_model, learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay, factors=dict(self.run.stage.learning_rates),
+            )  # fmt: skip
+            self.optimizer: Any = kind(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The strategy's loss of one micro-batch, weighted by its supervised places."""
+        place = (self.state.global_step, self._micro, self.args.process_index)
+        info = StepInfo(
+            step=self.state.global_step,
+            total_steps=self.state.max_steps,
+            epoch=self.state.global_step / self.steps_per_epoch,
+            generator=derived_generator(self.args.seed, LOSS_DRAWS, *place),
+        )
+        found: StepLoss = model(inputs, info)
+        count = int(found.count)
+        self._micro += 1
+        self._count += count
+        self._loss_sum = self._loss_sum + found.total.detach().float() * count
+        for name, part in found.parts.items():
+            total, weight = self._parts.get(name, (0.0, 0))
+            value = part.detach().float() if torch.is_tensor(part) else float(part)
+            self._parts[name] = (total + value * count, weight + count)
+        return found.total * count if self._weighs else found.total
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether gradients are sums that `_settle` divides; a single batch is its own mean."""
+        return bool(self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; the last of a step turns the summed gradients into the gradient of the mean."""
+        super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not self.accelerator.gradient_state.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        return self._settle()
+
+    def _settle(self) -> Tensor:
+        totals = torch.tensor([float(self._loss_sum), float(self._count)], device=self.args.device)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        loss, count = float(totals[0]), max(float(totals[1]), 1.0)
+        if self._weighs:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.args.world_size / count)
+        self._micro, self._count, self._loss_sum = 0, 0, 0.0
+        if not np.isfinite(loss):
+            raise RecipeError(
+                f"the loss became {loss / count} at step {self.state.global_step + 1}; lower the learning rate, "
+                "set max_grad_norm, or use float32 weights"
+            )
+        return torch.tensor(loss / count, device=self.args.device, dtype=torch.float32)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the loss's parts since the last log."""
+        if "loss" in logs:
+            logs = {**logs, **means(self._parts)}
+            self._parts = {}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # Validation ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, keep the best state, and stop when patience is at its end."""
+        if self.run.signal.received or self.run.evaluate is None:
+            return {}
+        training = self.model.training
+        self.model.eval()
+        with kept_rng(self.args.device), torch.no_grad():
+            measured = self.run.evaluate()
+        self.model.train(training)
+        metrics = {f"eval_{name}": float(value) for name, value in measured.items()}
+        self._judge(measured)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(  # type: ignore[attr-defined]
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _judge(self, measured: dict[str, float]) -> None:
+        stage, record = self.run.stage, self.run.record
+        if stage.metric not in measured:
+            raise RecipeError(
+                f"stage {stage.train}: metric {stage.metric!r} is not measured; there is {', '.join(sorted(measured))}"
+            )
+        value = float(measured[stage.metric])
+        sign = -1.0 if stage.metric.endswith("loss") else 1.0
+        self._improved = record.best_metric is None or sign * value > sign * record.best_metric
+        if self._improved:
+            record.best_metric, record.best_step, record.waited = value, self.state.global_step, 0
+            self.run.best = self.trainable.copy()
+            return
+        record.waited += 1
+        if stage.early_stopping_patience is not None and record.waited >= stage.early_stopping_patience:
+            record.stopped_early = self.control.should_training_stop = True
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return bool(metrics) and self._improved
+
+
+class RecTrainer(StageLoop, Trainer):  # type: ignore[misc]
+    """The loop for encoders, heads and LLM recommenders."""

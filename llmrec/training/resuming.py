@@ -1,0 +1,157 @@
+"""What a stage writes into its checkpoints and reads back: `AtomicCheckpoints`, a mixin over transformers' Trainer.
+
+It replaces the stock files (pickles, written in place) by those of `llmrec.training.checkpoints`, and restores weights,
+optimizer, schedule, strategy, patience, best state and random numbers of every process.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llmrec.strategies.base import TrainingStrategy
+from llmrec.training import checkpoints
+from llmrec.training.callbacks import StopOnSignal
+from llmrec.training.states import (
+    TrainableState,
+    load_optimizer,
+    optimizer_files,
+    pack,
+    pack_json,
+    rng_tensors,
+    set_rng,
+    unpack,
+    unpack_json,
+)
+
+if TYPE_CHECKING:
+    from llmrec.recipe import StageSpec
+
+
+@dataclass
+class StageRecord:
+    """What a stage knows about itself beyond weights; stored in every checkpoint."""
+
+    seconds: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class StageRun:
+    """One run of a stage, shared by the loop and its callbacks.
+
+    Args:
+        stage: The stage of the recipe.
+        strategy: Its objective.
+        evaluate: Validation metrics of the model as it stands, or None.
+        identity: What checkpoints belong to.
+        signal: The SIGTERM watcher.
+        best: The tensors of the best validation so far.
+    """
+
+    stage: StageSpec
+    strategy: TrainingStrategy
+    evaluate: Callable[[], dict[str, float]] | None
+    identity: dict[str, str]
+    signal: StopOnSignal
+    record: StageRecord = field(default_factory=StageRecord)
+    best: dict[str, Tensor] | None = None
+    began: float = field(default_factory=time.monotonic)
+
+
+class AtomicCheckpoints:
+    """Mixin over a Trainer; `StageLoop.begin` sets what it needs."""
+
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    run: StageRun
+    strategy: TrainingStrategy
+    trainable: TrainableState
+    steps_per_epoch: int
+    _saved_step: int
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step == self._saved_step:
+            return
+        self._saved_step = self.state.global_step
+        contents = self._contents()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            checkpoints.write_folder(
+                folder / f"checkpoint-{self.state.global_step}", contents, step=self.state.global_step,
+                identity=self.run.identity,
+            )  # fmt: skip
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _contents(self) -> dict[str, bytes]:
+        """Files of a checkpoint; every process takes part, since each has random numbers of its own."""
+        random = rng_tensors(self.args.device)
+        if self.args.world_size > 1:
+            gathered = {k: self.accelerator.gather(v.to(self.args.device)[None]).cpu() for k, v in random.items()}
+            random = {f"{r}.{name}": rows[r] for name, rows in gathered.items() for r in range(self.args.world_size)}
+        else:
+            random = {f"0.{name}": tensor for name, tensor in random.items()}
+        run, now = self.run, time.monotonic()
+        run.record.seconds, run.began = run.record.seconds + now - run.began, now
+        tensors, rest = optimizer_files(getattr(self.optimizer, "optimizer", self.optimizer))
+        scaler = getattr(self.accelerator, "scaler", None)
+        contents = {
+            checkpoints.TRAINABLE: pack(self.trainable.tensors()),
+            checkpoints.STRATEGY: pack(self.strategy.state_dict()),
+            checkpoints.OPTIMIZER: pack(tensors),
+            checkpoints.OPTIMIZER_SCALARS: pack_json({**rest, "scaler": scaler.state_dict() if scaler else None}),
+            checkpoints.SCHEDULER: pack_json(self.lr_scheduler.state_dict()),  # type: ignore[attr-defined]
+            checkpoints.RANDOM: pack(random),
+            checkpoints.TRAINER_STATE: json.dumps({**asdict(self.state), "log_history": []}, indent=1).encode(),
+            checkpoints.STAGE_STATE: pack_json(asdict(run.record)),
+        }
+        return contents if run.best is None else {**contents, checkpoints.BEST: pack(run.best)}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.trainable.load(unpack(folder / checkpoints.TRAINABLE), str(folder))
+        self.strategy.load_state_dict(unpack(folder / checkpoints.STRATEGY))
+        self.run.record = StageRecord(**unpack_json(folder / checkpoints.STAGE_STATE))
+        best = folder / checkpoints.BEST
+        self.run.best = unpack(best) if best.is_file() else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        rest = unpack_json(Path(checkpoint) / checkpoints.OPTIMIZER_SCALARS)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        load_optimizer(optimizer, unpack(Path(checkpoint) / checkpoints.OPTIMIZER), rest)
+        self.lr_scheduler.load_state_dict(unpack_json(Path(checkpoint) / checkpoints.SCHEDULER))  # type: ignore[attr-defined]
+        if rest["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
+            self.accelerator.scaler.load_state_dict(rest["scaler"])
+        self._saved_step = self.state.global_step
+        if self.state.global_step % self.steps_per_epoch == 0:
+            self._restore_rng(checkpoint)  # before the hooks of the epoch, which may draw numbers
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        return  # done together with the optimizer
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Trainer calls this once the data loader stands where it stood; at the start of an epoch it already does.
+        if checkpoint is not None and self.state.global_step % self.steps_per_epoch:
+            self._restore_rng(checkpoint)
+
+    def _restore_rng(self, checkpoint: str) -> None:
+        prefix = f"{self.args.process_index}."
+        stored = unpack(Path(checkpoint) / checkpoints.RANDOM)
+        mine = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+        set_rng(mine, self.args.device)

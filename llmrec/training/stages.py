@@ -1,0 +1,431 @@
+"""Runs a recipe: data set, encoder, stages, models, evaluation. Every step leaves a folder, and a rerun skips what is done.
+
+`llmrec train` is a thin shell around `run_recipe`. Randomness fans out from the recipe's seed: part n of the run
+(encoder weights, adapter weights, stage n) starts from its own seed, so that adding a stage changes no earlier one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from llmrec import discovery
+from llmrec.data.dataset import InteractionDataset
+from llmrec.data.sequences import SequenceCollator
+from llmrec.errors import CheckpointError, RecipeError
+from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
+from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
+from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
+from llmrec.recommender import load_encoder, load_run_recipe, part_name, system_name
+from llmrec.run_dir import RunDir, write_json, write_text
+from llmrec.training.trainer import StageResult, train_stage
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """A recipe at work: its folder, data set and parts.
+
+    Args:
+        recipe: What to do.
+        folder: Where everything goes.
+        dataset: The prepared data set.
+        say: Told what happens, one line at a time.
+        resume: "auto" goes on where an earlier run stopped, "never" trains anew.
+        force: Go on although checkpoints belong to another recipe or data set.
+        encoder: The sequence encoder once it exists.
+        model: The LLM recommender or head once it exists.
+        stages: Results of the stages.
+    """
+
+    recipe: Recipe
+    folder: RunDir
+    dataset: InteractionDataset
+    say: Say
+    resume: Literal["auto", "never"] = "auto"
+    force: bool = False
+    encoder: Any = None
+    model: Any = None
+    stages: list[StageResult] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where models live."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def seed_of(self, part: str) -> int:
+        """Seed of one part of the run, derived from the recipe's seed and the part's name."""
+        digest = hashlib.sha256(f"{self.recipe.seed}/{part}".encode()).digest()
+        return int.from_bytes(digest[:4], "little")
+
+
+def run_recipe(
+    recipe: Recipe,
+    root: Path,
+    *,
+    say: Say = print,
+    resume: Literal["auto", "never"] = "auto",
+    force: bool = False,
+) -> dict[str, Any]:
+    """Do everything a recipe says and return the record of its evaluation.
+
+    Args:
+        recipe: A validated recipe.
+        root: The run folder; made when missing.
+        say: Told what happens.
+        resume: See `Run`.
+        force: See `Run`.
+
+    Raises:
+        RecipeError: The recipe cannot be run, or the folder belongs to another one.
+        DataError: The data cannot be prepared.
+        CheckpointError: A checkpoint belongs to something else.
+    """
+    recipe.resolve()
+    folder = RunDir(root)
+    _claim(folder, recipe, resume, force)
+    dataset = prepare_dataset(recipe, folder, say)
+    recipe.check_dataset(dataset.fields)
+    run = Run(recipe, folder, dataset, say, resume, force)
+    folder.write_environment({"seed": recipe.seed, "dataset_fingerprint": dataset.fingerprint})
+    _make_encoder(run)
+    for number, stage in enumerate(recipe.stages, start=1):
+        run.stages.append(_run_stage(run, number, stage))
+    if run.model is None and (recipe.llm is not None and recipe.prompt is not None):
+        _make_model(run)  # a run without a tuner stage still measures the untuned model
+        run.model.save_pretrained(folder.model)
+    return evaluate_run(run, recipe.evaluate)
+
+
+def _claim(folder: RunDir, recipe: Recipe, resume: str, force: bool) -> None:
+    """Write recipe.yaml, and refuse a folder that holds something else."""
+    text = recipe.dump()
+    if folder.recipe.is_file():
+        before = load_run_recipe(folder).model_dump(mode="json")
+        now = recipe.model_dump(mode="json")
+        different = [key for key in now if now[key] != before.get(key) and key not in {"evaluate", "report", "name"}]
+        if different and resume == "auto" and not force:
+            raise RecipeError(
+                f"{folder.root} holds a run of another recipe ({', '.join(different)} differ); "
+                "give another --out, or --resume never to train anew"
+            )
+    elif folder.root.is_dir() and any(folder.root.iterdir()):
+        names = sorted(path.name for path in folder.root.iterdir())[:5]
+        if not set(names) <= {"dataset", "dataset.json"}:
+            raise RecipeError(
+                f"{folder.root} is not empty and is no run (found {', '.join(names)}); give another --out"
+            )
+    write_text(folder.recipe, text)
+
+
+def prepare_dataset(recipe: Recipe, folder: RunDir, say: Say) -> InteractionDataset:
+    """The prepared data set of a recipe: an existing folder, or one prepared into the run."""
+    from llmrec.data.prepare import PrepareOptions, connect, prepare_source, prepare_tables
+    from llmrec.data.sources.base import ReadOptions
+
+    spec = recipe.dataset
+    given = Path(spec.source)
+    if (given / "meta.json").is_file():
+        dataset = InteractionDataset.load(given)
+        folder.point_to_dataset(given)
+        say(f"data set {dataset.meta.name}: {given} (fingerprint {dataset.fingerprint})")
+        return dataset
+    if (folder.root / "dataset" / "meta.json").is_file():
+        return InteractionDataset.load(folder.root / "dataset")
+    options = PrepareOptions(
+        min_user=spec.min_user_interactions,
+        min_item=spec.min_item_interactions,
+        positive=spec.positive,
+        repeats=spec.repeats,
+        split=spec.split,
+        seed=recipe.seed,
+        columns=spec.columns,
+        items=tuple(Path(path) for path in spec.items),
+        name=spec.name,
+        format=spec.format,
+        on_bad_rows=spec.on_bad_rows,
+    )
+    if spec.source == "synthetic":
+        source = discovery.build("source", "synthetic", spec.options)
+        with connect() as connection:
+            raw = source.read(connection, Path("synthetic"), ReadOptions())
+            dataset = prepare_tables(raw, options, spec.name or "synthetic", connection, source="synthetic", report=say)
+    elif spec.options:
+        raise RecipeError("dataset.options belong to source: synthetic")
+    else:
+        dataset = prepare_source(spec.source, options, report=say).dataset
+    dataset.save(folder.root / "dataset")
+    summary = dataset.summary()
+    say(
+        f"data set {summary['name']}: {summary['users']:,} users, {summary['items']:,} items, "
+        f"{summary['interactions']:,} interactions, split {summary['split']} (fingerprint {summary['fingerprint']})"
+    )
+    for notice in dataset.meta.notes:
+        say(f"  {notice}")
+    return dataset
+
+
+def _make_encoder(run: Run) -> None:
+    spec = run.recipe.encoder
+    if spec is None:
+        return
+    trains = any(stage.train == "encoder" for stage in run.recipe.stages)
+    if spec.pretrained is not None:
+        if trains:
+            raise RecipeError("encoder.pretrained and a stage that trains the encoder exclude each other")
+        run.encoder = _pretrained_encoder(run, Path(spec.pretrained)).to(run.device)
+        run.encoder.save_pretrained(run.folder.encoder)
+        return
+    encoder_class: Any = discovery.resolve("encoder", spec.type)
+    if encoder_class.trainable and not trains:
+        raise RecipeError(
+            f"encoder {spec.type!r} would stay untrained: add a stage with train: encoder, or encoder.pretrained: FOLDER"
+        )
+    torch.manual_seed(run.seed_of("encoder"))
+    config = encoder_class.config_class(
+        num_items=run.dataset.num_items,
+        num_users=run.dataset.num_users,
+        max_history=run.recipe.dataset.max_history,
+        dataset_fingerprint=run.dataset.fingerprint,
+        **spec.options,
+    )
+    run.encoder = encoder_class.from_context(config, run.dataset.context()).to(run.device)
+    if not encoder_class.trainable:
+        run.encoder.save_pretrained(run.folder.encoder)
+
+
+def _pretrained_encoder(run: Run, source: Path) -> Any:
+    folder = source / "encoder" if (source / "recipe.yaml").is_file() else source
+    encoder = load_encoder(folder, run.recipe)
+    found = encoder.config.dataset_fingerprint
+    if encoder.config.num_items != run.dataset.num_items or found != run.dataset.fingerprint:
+        raise CheckpointError(
+            f"{folder}: trained on data set {found} with {encoder.config.num_items:,} items; this run has "
+            f"{run.dataset.fingerprint} with {run.dataset.num_items:,}. Train the encoder on this data set"
+        )
+    run.say(f"encoder {run.recipe.encoder.type} from {source}")  # type: ignore[union-attr]
+    return encoder
+
+
+def _make_model(run: Run) -> None:
+    """Base LLM, adapter and projector, fresh."""
+    from llmrec.llm.loading import load_language_model
+    from llmrec.llm.recommender import LLMRecommender
+
+    recipe = run.recipe
+    assert recipe.llm is not None and recipe.prompt is not None
+    llm, prompt = recipe.llm, recipe.prompt
+    model, tokenizer = load_language_model(
+        llm.model, dtype=llm.dtype, quantize=llm.quantize, revision=llm.revision, num_layers=llm.num_layers
+    )
+    torch.manual_seed(run.seed_of("tuner"))
+    if recipe.tuner is not None:
+        tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
+        gate_dim = None if run.encoder is None else int(run.encoder.gate_dim)
+        model = tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=gate_dim))
+    options: dict[str, Any] = {"style": prompt.style, "max_history": recipe.dataset.max_history}
+    if prompt.style == "item_slots":
+        names = ("projector", "slot_content", "residual", "instruction", "similarity", "item_bias", "learn_scale")
+        options |= {name: getattr(prompt, name) for name in names}
+    else:
+        options["projector"] = prompt.projector
+    run.model = LLMRecommender.build(
+        model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer), **options
+    ).to(run.device)
+
+
+def _renderer(run: Run, tokenizer: Any) -> Any:
+    if run.recipe.prompt is None or run.recipe.prompt.style == "item_slots":
+        return None
+    from llmrec.llm.prompted import PromptRenderer
+
+    return PromptRenderer.from_recipe(run.recipe, run.dataset, tokenizer)
+
+
+def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
+    if stage.train == "head":
+        raise RecipeError(f"stage {number}: this release trains encoders and tuners; heads come with their tokenizers")
+    if stage.train == "tuner" and run.model is None:
+        _make_model(run)
+    part = run.encoder if stage.train == "encoder" else run.model
+    prompted = stage.train == "tuner" and run.recipe.prompt is not None and run.recipe.prompt.style != "item_slots"
+    examples, collator = _prompted_data(run, stage) if prompted else _dense_data(run, part)
+    if stage.max_examples is not None and stage.max_examples < len(examples):
+        chosen = np.random.default_rng(run.seed_of(f"stage-{number}-examples")).permutation(len(examples))
+        examples = examples.subset(np.sort(chosen[: stage.max_examples]))
+    strategy = discovery.build("strategy", stage.strategy.type, stage.strategy.options)
+    identity = {
+        "dataset": run.dataset.fingerprint,
+        "recipe": hashlib.sha256(_identity_text(run.recipe, number).encode()).hexdigest()[:16],
+    }
+    result = train_stage(
+        part,
+        strategy,
+        examples,
+        collator,
+        stage=stage,
+        output_dir=run.folder.stage(number, stage.train),
+        seed=run.seed_of(f"stage-{number}"),
+        context=run.dataset.context(),
+        evaluate=_validation(run, part, stage),
+        identity=identity,
+        resume=run.resume,
+        force=run.force,
+    )
+    part.eval()
+    part.save_pretrained(run.folder.encoder if stage.train == "encoder" else run.folder.model)
+    return result
+
+
+def _identity_text(recipe: Recipe, number: int) -> str:
+    """What decides the weights of stage `number`: everything up to it, not evaluation, report or name."""
+    record = recipe.model_dump(mode="json", exclude={"evaluate", "report", "name"})
+    record["stages"] = record["stages"][:number]
+    return repr(sorted(record.items()))
+
+
+def _dense_data(run: Run, part: Any) -> tuple[Any, Any]:
+    max_history = run.recipe.dataset.max_history
+    dense = getattr(part, "supervises", "all") == "all"
+    examples = run.dataset.windows(max_history) if dense else run.dataset.histories("train", max_history)
+    return examples, SequenceCollator(with_seen=True)
+
+
+def _prompted_data(run: Run, stage: StageSpec) -> tuple[Any, Any]:
+    return run.model.renderer.training_data(run.dataset, stage, seed=run.seed_of("prompts"))
+
+
+def _validation(run: Run, part: Any, stage: StageSpec) -> Callable[[], dict[str, float]] | None:
+    """Validation metrics of a part as it stands, on all users or a seeded draw of them."""
+    from llmrec.data.schema import SPLITS
+
+    if not np.any(run.dataset.split_codes == SPLITS.index("valid")):
+        return None
+    dataset = _some_users(run.dataset, stage.eval_users, run.seed_of("validation"))
+    spec = run.recipe.evaluate
+    protocol = _protocol(spec, run.recipe.dataset.max_history, split="valid", mode="score", seeds=spec.seeds[:1])
+
+    def evaluate() -> dict[str, float]:
+        result = Evaluator(protocol, spec.batch_size, run.device, progress=False).run(part, dataset)
+        return {name: float(value["mean"]) for name, value in result.metrics.items() if value["mean"] is not None}
+
+    return evaluate
+
+
+def _some_users(dataset: InteractionDataset, count: int | None, seed: int) -> InteractionDataset:
+    if count is None or count >= dataset.num_users:
+        return dataset
+    users = np.random.default_rng(seed).permutation(np.arange(1, dataset.num_users + 1))[:count]
+    keep = np.isin(dataset.column("user"), users)
+    return dataset.with_interactions(dataset.interactions.filter(keep), f"{count:,} users drawn with seed {seed}")
+
+
+def _protocol(spec: EvaluateSpec, max_history: int, **changes: Any) -> EvalProtocol:
+    fields: dict[str, Any] = {
+        "split": spec.split, "kind": spec.candidate_kind, "ks": tuple(spec.ks), "remove_seen": spec.remove_seen,
+        "mode": spec.mode, "seeds": tuple(spec.seeds), "max_history": max_history,
+    }  # fmt: skip
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return parse_protocol(spec.protocol, **{**fields, **changes})
+
+
+def evaluate_run(run: Run, spec: EvaluateSpec) -> dict[str, Any]:
+    """Measure the run's system and the baselines on the same examples; write predictions, metrics.json and gates."""
+    protocol = _protocol(spec, run.recipe.dataset.max_history)
+    dataset = _some_users(run.dataset, spec.max_users, run.recipe.seed)
+    evaluator = Evaluator(protocol, spec.batch_size, run.device)
+    systems = {**_baselines(run, spec), system_name(run.recipe): run.model if run.model is not None else run.encoder}
+    results: dict[str, EvalResult] = {}
+    for name, system in systems.items():
+        chosen = evaluator
+        if spec.mode == "generate" and not hasattr(system, "renderer"):
+            # Baselines write no text; they are measured by their scores on the same candidates.
+            chosen = Evaluator(
+                _protocol(spec, run.recipe.dataset.max_history, mode="score"), spec.batch_size, run.device
+            )
+        run.say(f"evaluating {name}: {chosen.protocol.label()}")
+        results[name] = chosen.run(system, dataset, name=name)
+    return store_evaluation(run, results)
+
+
+def store_evaluation(run: Run, results: dict[str, EvalResult]) -> dict[str, Any]:
+    """Write each protocol's predictions and metrics; the record of the system's own protocol goes to metrics.json."""
+    own = results[system_name(run.recipe)]
+    record: dict[str, Any] = {}
+    for slug in sorted({result.protocol.slug for result in results.values()}):
+        group = {name: result for name, result in results.items() if result.protocol.slug == slug}
+        folder = run.folder.evaluation(slug)
+        for name, result in group.items():
+            result.save(folder, name)
+        merged = {**results_record(group), "evaluation": slug, "seed": run.recipe.seed}
+        write_json(folder / "metrics.json", merged)
+        if slug == own.protocol.slug:
+            record = merged
+    write_json(run.folder.metrics, record)
+    _store_gates(run, own.protocol)
+    return record
+
+
+def _baselines(run: Run, spec: EvaluateSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in spec.baselines:
+        if name == "encoder":
+            if run.encoder is None or run.model is None:
+                raise RecipeError(
+                    "evaluate.baselines: 'encoder' means the encoder beside an LLM; this run has only one of them"
+                )
+            found[part_name(run.recipe.encoder.type)] = run.encoder  # type: ignore[union-attr]
+            continue
+        baseline: Any = discovery.resolve("encoder", name)
+        if baseline.trainable:
+            raise RecipeError(f"evaluate.baselines: {name!r} has to be trained; give it a recipe of its own")
+        context = run.dataset.context()
+        config = baseline.config_class(num_items=context.num_items, max_history=run.recipe.dataset.max_history)
+        found[part_name(name)] = baseline.from_context(config, context).to(run.device)
+    return found
+
+
+@torch.inference_mode()
+def _store_gates(run: Run, protocol: EvalProtocol) -> None:
+    """Expert weights of every evaluated user after the whole history, for the report."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    inner = getattr(getattr(run.model, "model", None), "base_model", None)
+    if not hasattr(inner, "compute_gates"):
+        return
+    examples = run.dataset.histories(protocol.split, run.recipe.dataset.max_history)  # type: ignore[arg-type]
+    rows: list[torch.Tensor] = []
+    for start in range(0, len(examples), 256):
+        batch = SequenceCollator()([examples[i] for i in range(start, min(start + 256, len(examples)))])
+        batch = {name: value.to(run.device) for name, value in batch.items()}  # type: ignore[attr-defined, assignment]
+        rows.append(inner.compute_gates("default", run.encoder.user_representation(batch)).float().cpu())
+    gates = torch.cat(rows).numpy()
+    columns: dict[str, Any] = {"user": examples.users, **{f"gate_{e}": gates[:, e] for e in range(gates.shape[1])}}
+    path = run.folder.evaluation(protocol.resolve(run.dataset).slug) / "gates.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def open_run(root: Path, *, say: Say = print) -> Run:
+    """A finished run with its parts loaded, for evaluating it again."""
+    folder = RunDir(root)
+    recipe = load_run_recipe(folder)
+    from llmrec.recommender import load_system
+
+    dataset = InteractionDataset.load(folder.dataset)
+    run = Run(recipe, folder, dataset, say)
+    system, _, run.encoder = load_system(folder, recipe)
+    run.model = None if system is run.encoder else system
+    if run.encoder is not None:
+        run.encoder.to(run.device)
+    if run.model is not None:
+        run.model.to(run.device)
+    return run
