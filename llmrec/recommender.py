@@ -93,7 +93,7 @@ class Recommender:
         from llmrec.data.dataset import InteractionDataset
 
         dataset = InteractionDataset.load(run.dataset)
-        loaded, name, encoder = load_system(run, recipe, system)
+        loaded, name, encoder = load_system(run, recipe, dataset, system)
         vectors = None
         if encoder is not None and getattr(encoder, "trainable", False):
             vectors = encoder.item_vectors().detach().float().cpu().numpy()
@@ -244,7 +244,9 @@ def load_run_recipe(run: RunDir) -> Recipe:
     return load_recipe(run.recipe)
 
 
-def load_system(run: RunDir, recipe: Recipe, system: System = "auto") -> tuple[Any, str, Any]:
+def load_system(
+    run: RunDir, recipe: Recipe, dataset: InteractionDataset, system: System = "auto"
+) -> tuple[Any, str, Any]:
     """The system of a run: (recommender, its name, its encoder or None).
 
     Raises:
@@ -257,10 +259,21 @@ def load_system(run: RunDir, recipe: Recipe, system: System = "auto") -> tuple[A
             raise CheckpointError(f"{run.root}: no trained encoder in {run.encoder.name}/; train the recipe first")
         return encoder, part_name(recipe.encoder.type), encoder
     if not (run.model / "recommender.json").is_file():
-        raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe first (--resume auto)")
+        raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe to its end first")
     from llmrec.llm.recommender import LLMRecommender
 
-    return LLMRecommender.from_pretrained(run.model, encoder=encoder), system_name(recipe), encoder
+    renderer = _renderer(run, recipe, dataset)
+    return LLMRecommender.from_pretrained(run.model, encoder=encoder, renderer=renderer), system_name(recipe), encoder
+
+
+def _renderer(run: RunDir, recipe: Recipe, dataset: InteractionDataset) -> Any:
+    if recipe.prompt is None or recipe.prompt.style == "item_slots":
+        return None
+    from transformers import AutoTokenizer
+
+    from llmrec.llm.rendering import PromptRenderer
+
+    return PromptRenderer.from_recipe(recipe, dataset, AutoTokenizer.from_pretrained(run.model / "tokenizer"))
 
 
 def load_encoder(folder: Path, recipe: Recipe) -> Any:
@@ -271,7 +284,7 @@ def load_encoder(folder: Path, recipe: Recipe) -> Any:
         raise CheckpointError(f"{folder}: the recipe has no encoder section")
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise CheckpointError(
-            f"{folder} holds no trained encoder: expected config.json and model.safetensors (other weight formats are not read)"
+            f"{folder} holds no trained encoder: expected config.json and model.safetensors (no other format is read)"
         )
     encoder = discovery.resolve("encoder", recipe.encoder.type).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
     return encoder.eval()

@@ -51,9 +51,7 @@ def attend(
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
-def _visible(
-    queries: int, keys: int, causal: bool, key_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
+def _visible(queries: int, keys: int, causal: bool, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """[1 or B, 1, queries, keys] bool, or None where everything is visible."""
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None] if causal else None
     if key_mask is None:

@@ -78,9 +78,7 @@ def binary_cross_entropy(positive: Tensor, negatives: Tensor, *, hits: Tensor | 
     return calibrated_cross_entropy(positive, negatives, 1.0, hits=hits)
 
 
-def calibrated_cross_entropy(
-    positive: Tensor, negatives: Tensor, beta: float, *, hits: Tensor | None = None
-) -> Tensor:
+def calibrated_cross_entropy(positive: Tensor, negatives: Tensor, beta: float, *, hits: Tensor | None = None) -> Tensor:
     """gBCE: -(beta ln sig(s+) + sum_k ln(1 - sig(s-_k))) / (K + 1), averaged over places.
 
     The power of the paper, sig(s+)^beta, is taken as a factor of the log: equal to its transformed logit, and finite

@@ -93,7 +93,7 @@ def _tables(record: dict[str, Any]) -> list[RenderableType]:
     ]
     rows = [(finding.name, finding.severity, finding.count, finding.detail) for finding in record["findings"]]
     return [
-        tabulate(("", ""), figures, title=summary["name"]),
+        tabulate(("figure", "value"), figures, title=summary["name"]),
         tabulate(("check", "severity", "count", "detail"), rows, title="leak report"),
         *(f"note: {line}" for line in summary["notes"]),
     ]

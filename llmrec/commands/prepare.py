@@ -134,7 +134,9 @@ def _tables(record: dict[str, Any]) -> list[RenderableType]:
         *((name.replace("_", " "), f"{count:,}") for name, count in record["counts"].items()),
         ("fingerprint", record["fingerprint"]),
     ]
-    parts: list[RenderableType] = [tabulate(("", ""), figures, title=f"{record['name']} -> {record['folder']}")]
+    parts: list[RenderableType] = [
+        tabulate(("figure", "value"), figures, title=f"{record['name']} -> {record['folder']}")
+    ]
     if record["columns"]:
         parts.append(tabulate(("our column", "source column"), record["columns"].items(), title="columns recognised"))
     parts.extend(f"note: {line}" for line in record["notes"])

@@ -121,7 +121,7 @@ def render_card(dataset: InteractionDataset, rejected: pa.Table | None = None) -
         _front_matter(meta.name),
         f"# {_plain(meta.name)}",
         "Interactions prepared by llmrec. The terms of the original source apply to everything in this folder.",
-        "## Figures\n\n" + _table(("", ""), figures.items()),
+        "## Figures\n\n" + _table(("figure", "value"), figures.items()),
         "## Splits\n\n" + _table(("split", "events", "meaning"), splits),
         "## Rules\n\n" + _table(("rule", "value"), rules.items()),
         "## Steps\n\n" + _table(("step", "count"), _steps(meta.counts)),

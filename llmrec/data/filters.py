@@ -60,10 +60,27 @@ def code_events(
         raw = raw.rename({GIVEN: SPLIT})
     if ORDER in raw.columns:
         raw = raw.rename({SOURCE_ORDER: ORDER})
+    _positive(raw, options.positive)  # a wrong rule should fail before the files are read
+    # Stored first: the expressions of a source check every value, and each further look would check them again.
+    stored = space.store(raw)
+    events = _keep_usable(space, stored, options, counts)
+    user_keys = space.store(_number_keys(space, events.select(key=events[USER_KEY]).distinct()))
+    item_keys = space.store(_number_keys(space, events.select(key=events[ITEM_KEY]).distinct()))
+    rest = [c for c in events.columns if c not in (USER_KEY, ITEM_KEY)]
+    coded = events.inner_join(user_keys, events[USER_KEY] == user_keys.key)
+    coded = coded.select(*rest, ITEM_KEY, user=user_keys.code)
+    coded = coded.inner_join(item_keys, coded[ITEM_KEY] == item_keys.key).select(*rest, "user", item=item_keys.code)
+    coded = space.store(coded)
+    space.release(stored)
+    return coded, user_keys, item_keys
+
+
+def _keep_usable(space: Workspace, raw: ibis.Table, options: PrepareOptions, counts: dict[str, int]) -> ibis.Table:
+    """Events with ids that pass the positive rule; what is left out is counted."""
     has_id = raw[USER_KEY].notnull() & raw[ITEM_KEY].notnull()
     positive = _positive(raw, options.positive)
     time = next((raw[c] for c in (TIMESTAMP, SOURCE_ORDER) if c in raw.columns), raw[SOURCE_ROW])
-    found = space.row(
+    sums = space.row(
         raw.aggregate(
             rows=raw.count(),
             without_id=(~has_id).sum(),
@@ -71,7 +88,7 @@ def code_events(
             negative=(has_id & ~positive).sum(),
         )
     )
-    found = {key: int(value or 0) for key, value in found.items()}
+    found = {key: int(value or 0) for key, value in sums.items()}
     if found["without_time"]:
         raise DataError(
             f"{found['without_time']} events have no time",
@@ -84,16 +101,7 @@ def code_events(
     left = found["rows"] - found["without_id"] - found["negative"]
     step = "the positive rule" if found["negative"] else "reading"
     _not_empty(left, step, f"positive: {options.positive}", found["rows"])
-    events = space.store(raw.filter(has_id & positive))
-    user_keys = space.store(_number_keys(space, events.select(key=events[USER_KEY]).distinct()))
-    item_keys = space.store(_number_keys(space, events.select(key=events[ITEM_KEY]).distinct()))
-    rest = [c for c in events.columns if c not in (USER_KEY, ITEM_KEY)]
-    coded = events.inner_join(user_keys, events[USER_KEY] == user_keys.key)
-    coded = coded.select(*rest, ITEM_KEY, user=user_keys.code)
-    coded = coded.inner_join(item_keys, coded[ITEM_KEY] == item_keys.key).select(*rest, "user", item=item_keys.code)
-    coded = space.store(coded)
-    space.release(events)
-    return coded, user_keys, item_keys
+    return raw.filter(has_id & positive)
 
 
 def _positive(raw: ibis.Table, rule: str) -> Any:

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from llmrec.data.schema import DataContext, SequenceBatch
 
 PAPER = Paper(
-    title="Item-Based Top-N Recommendation Algorithms", venue="ACM TOIS 2004", url_id="10.1145/963770.963776", system="ItemKNN"
+    title="Item-Based Top-N Recommendation Algorithms",
+    venue="ACM TOIS 2004",
+    url_id="10.1145/963770.963776",
+    system="ItemKNN",
 )
 BLOCK = 1024
 """Items whose similarities are held densely at one time while fitting."""

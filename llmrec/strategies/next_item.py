@@ -64,7 +64,9 @@ class NextItem(TrainingStrategy):
         _check("negatives", negatives, type(negatives) is int and negatives >= 1, "a whole number from 1")
         _check("shared_negatives", shared_negatives, type(shared_negatives) is bool, "true or false")
         _check("gbce_t", gbce_t, _is_number(gbce_t) and 0 <= gbce_t <= 1, "a number from 0 to 1")
-        _check("label_smoothing", label_smoothing, _is_number(label_smoothing) and 0 <= label_smoothing < 1, "0 to below 1")
+        _check(
+            "label_smoothing", label_smoothing, _is_number(label_smoothing) and 0 <= label_smoothing < 1, "0 to below 1"
+        )
         _check("mask_history", mask_history, type(mask_history) is bool, "true or false")
         if label_smoothing and (mask_history or loss != "full_softmax"):
             raise RecipeError(
@@ -97,7 +99,9 @@ class NextItem(TrainingStrategy):
             count = int((batch["token_labels"][:, 1:] != -100).sum())
             return StepLoss(total=model.answer_loss(batch), count=count)
         if "targets" not in batch:
-            raise DataError("nothing to learn from", found=f"fields {sorted(batch)}", expected="targets or token_labels")
+            raise DataError(
+                "nothing to learn from", found=f"fields {sorted(batch)}", expected="targets or token_labels"
+            )
         hidden = model.represent(batch)
         rows, places = supervised_places(model, batch)
         count = len(rows)
@@ -137,9 +141,7 @@ class NextItem(TrainingStrategy):
             total = calibrated_cross_entropy(positive, scores, beta, hits=hits)
         return total, mean_scores(positive, scores, hits)
 
-    def _negatives_at(
-        self, model: Any, batch: SequenceBatch, rows: Tensor, places: Tensor, step: StepInfo
-    ) -> Tensor:
+    def _negatives_at(self, model: Any, batch: SequenceBatch, rows: Tensor, places: Tensor, step: StepInfo) -> Tensor:
         """[K] or [N, K] item ids."""
         if "negatives" in batch:
             given = batch["negatives"]

@@ -1,4 +1,4 @@
-"""Runs a recipe: data set, encoder, stages, models, evaluation. Every step leaves a folder, and a rerun skips what is done.
+"""Runs a recipe: data set, encoder, stages, models, evaluation. Each step leaves a folder; a rerun skips what is done.
 
 `llmrec train` is a thin shell around `run_recipe`. Randomness fans out from the recipe's seed: part n of the run
 (encoder weights, adapter weights, stage n) starts from its own seed, so that adding a stage changes no earlier one.
@@ -244,7 +244,7 @@ def _make_model(run: Run) -> None:
 def _renderer(run: Run, tokenizer: Any) -> Any:
     if run.recipe.prompt is None or run.recipe.prompt.style == "item_slots":
         return None
-    from llmrec.llm.prompted import PromptRenderer
+    from llmrec.llm.rendering import PromptRenderer
 
     return PromptRenderer.from_recipe(run.recipe, run.dataset, tokenizer)
 
@@ -336,8 +336,17 @@ def _protocol(spec: EvaluateSpec, max_history: int, **changes: Any) -> EvalProto
     return parse_protocol(spec.protocol, **{**fields, **changes})
 
 
-def evaluate_run(run: Run, spec: EvaluateSpec) -> dict[str, Any]:
-    """Measure the run's system and the baselines on the same examples; write predictions, metrics.json and gates."""
+def evaluate_run(run: Run, spec: EvaluateSpec, *, primary: bool = True) -> dict[str, Any]:
+    """Measure the run's system and the baselines on the same examples; write predictions, metrics.json and gates.
+
+    Args:
+        run: A trained run.
+        spec: What to measure.
+        primary: Whether this is the recipe's own evaluation, whose record goes to RUN/metrics.json.
+
+    Returns:
+        The record of all systems measured under the system's own protocol.
+    """
     protocol = _protocol(spec, run.recipe.dataset.max_history)
     dataset = _some_users(run.dataset, spec.max_users, run.recipe.seed)
     evaluator = Evaluator(protocol, spec.batch_size, run.device)
@@ -352,10 +361,10 @@ def evaluate_run(run: Run, spec: EvaluateSpec) -> dict[str, Any]:
             )
         run.say(f"evaluating {name}: {chosen.protocol.label()}")
         results[name] = chosen.run(system, dataset, name=name)
-    return store_evaluation(run, results)
+    return _store_evaluation(run, results, primary)
 
 
-def store_evaluation(run: Run, results: dict[str, EvalResult]) -> dict[str, Any]:
+def _store_evaluation(run: Run, results: dict[str, EvalResult], primary: bool) -> dict[str, Any]:
     """Write each protocol's predictions and metrics; the record of the system's own protocol goes to metrics.json."""
     own = results[system_name(run.recipe)]
     record: dict[str, Any] = {}
@@ -368,7 +377,8 @@ def store_evaluation(run: Run, results: dict[str, EvalResult]) -> dict[str, Any]
         write_json(folder / "metrics.json", merged)
         if slug == own.protocol.slug:
             record = merged
-    write_json(run.folder.metrics, record)
+    if primary:
+        write_json(run.folder.metrics, record)
     _store_gates(run, own.protocol)
     return record
 
@@ -422,7 +432,7 @@ def open_run(root: Path, *, say: Say = print) -> Run:
 
     dataset = InteractionDataset.load(folder.dataset)
     run = Run(recipe, folder, dataset, say)
-    system, _, run.encoder = load_system(folder, recipe)
+    system, _, run.encoder = load_system(folder, recipe, dataset)
     run.model = None if system is run.encoder else system
     if run.encoder is not None:
         run.encoder.to(run.device)

@@ -7,6 +7,7 @@ and saves them, so that its peak resident memory is that of preparation alone.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
 EVENTS, USERS, ITEMS = 10_000_000, 500_000, 100_000
 LIMIT_SECONDS, LIMIT_GB = 120.0, 3.0
 
@@ -60,14 +62,9 @@ def run() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="llmrec-bench-") as folder:
         source = Path(folder) / "events.parquet"
         write_events(source)
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name if __spec__ else __file__,
-            str(source),
-            str(Path(folder) / "prepared"),
-        ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [sys.executable, __file__, str(source), str(Path(folder) / "prepared")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     result: dict[str, float] = {"events": float(EVENTS), **json.loads(output.splitlines()[-1])}
     result["within_limits"] = float(result["wall_seconds"] <= LIMIT_SECONDS and result["peak_rss_gb"] <= LIMIT_GB)
     return result

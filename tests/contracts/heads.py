@@ -202,7 +202,8 @@ class GenerativeHeadContract:
         self.check_ranking(found, 5, 4)
         assert set(found.item_ids[found.valid].tolist()) <= {2, 5, 9, 11}, "recommended an item that is no candidate"
         assert found.valid.any()
-        both = self.recommend(head, {**batch, "candidates": candidates, "seen": torch.tensor([[5, 9]]).expand(5, -1)}, 4)
+        seen = torch.tensor([[5, 9]]).expand(5, -1)
+        both = self.recommend(head, {**batch, "candidates": candidates, "seen": seen}, 4)
         assert set(both.item_ids[both.valid].tolist()) <= {2, 11}
 
     def test_recommend_does_not_read_what_comes_next(self) -> None:

@@ -17,7 +17,7 @@ ITEMS, USERS = 1682, 943
 def histories(test_data: Path) -> list[np.ndarray]:
     """Items of each user in order of time, equal times in order of the source rows."""
     path = test_data / "ml-100k" / "interactions.parquet"
-    table = pq.read_table(path).sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("src_row", "ascending")])
+    table = pq.read_table(path).sort_by([(name, "ascending") for name in ("user_id", "timestamp", "src_row")])
     users, items = table["user_id"].to_numpy(), table["item_id"].to_numpy().astype(np.int64)
     return np.split(items, np.flatnonzero(np.diff(users)) + 1)
 

@@ -44,7 +44,7 @@ def train(model: LLMRecommender, draw: Any, steps: int, rate: float) -> list[flo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -203,7 +203,8 @@ def test_learns_a_cycle() -> None:
 
 
 def uniform(step: int) -> Tensor:
-    return torch.randint(1, ITEMS + 1, (32, LENGTH + 1), generator=torch.Generator().manual_seed(1000 + step))
+    """Short sequences: the fewer the places, the plainer what one gate for all of them gives away."""
+    return torch.randint(1, ITEMS + 1, (64, 4), generator=torch.Generator().manual_seed(1000 + step))
 
 
 def test_gates_per_position_learn_nothing_from_noise_and_gates_per_sequence_would() -> None:
@@ -222,4 +223,4 @@ def test_gates_per_position_learn_nothing_from_noise_and_gates_per_sequence_woul
 
     leaky._gates = last_state_everywhere  # type: ignore[attr-defined, assignment]
     losses = train(leaky, uniform, steps=150, rate=5e-3)
-    assert sum(losses[-40:]) / 40 < floor - 0.01
+    assert sum(losses[-40:]) / 40 < floor - 0.1

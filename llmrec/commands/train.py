@@ -1,0 +1,47 @@
+"""Do everything a recipe says: prepare what is missing, train its stages, evaluate."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+EXAMPLE = "llmrec train recipes/smoke/ilora.yaml --out runs/smoke-ilora"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or a name of `llmrec list recipes`")
+    parser.add_argument("--out", metavar="RUN", help="run folder (default: runs/<name of the recipe>)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one value")
+    parser.add_argument("--launcher", metavar="NAME", help="start under accelerate launch with this profile")
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="go on where a run stopped, or train anew"
+    )
+    parser.add_argument("--force", action="store_true", help="go on although checkpoints belong to something else")
+
+
+def run(args: Namespace) -> int:
+    """Train and evaluate.
+
+    Raises:
+        LlmrecError: The recipe, the data or a checkpoint is not what it should be.
+    """
+    if args.launcher is not None:
+        from llmrec.commands.launch import relaunch
+
+        relaunch(args.argv, args.launcher)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from llmrec.assets import find_asset
+    from llmrec.commands.output import emit, note
+    from llmrec.evaluation.results import results_table
+    from llmrec.recipe import load_recipe
+
+    recipe = load_recipe(find_asset("recipes", args.recipe), args.set)
+    folder = Path(args.out or Path("runs") / recipe.name)
+    note(f"recipe {recipe.name} -> {folder}")
+    from llmrec.training.stages import run_recipe
+
+    record = run_recipe(recipe, folder, say=note, resume=args.resume, force=args.force)
+    emit({**record, "run": str(folder)}, lambda: results_table(record, recipe.evaluate.metrics), args.as_json)
+    return 0
