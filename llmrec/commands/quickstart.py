@@ -148,7 +148,7 @@ def _tables(record: dict[str, Any], example: dict[str, Any]) -> list[Any]:
     tests = tabulate(
         ["paired test, ndcg@10", "difference", "low", "high", "p"],
         [
-            [f"{test['a']} - {test['b']}", test["difference"], test["low"], test["high"], test["p_value"]]
+            [f"{test['a']} - {test['b']}", *(test["difference"][part] for part in ("mean", "low", "high")), test["p_value"]]
             for test in record["tests"]
         ],
     )

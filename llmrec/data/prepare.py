@@ -184,15 +184,15 @@ def _locate(source: str | Path, tell: Report) -> tuple[Path, str]:
     name = str(source)
     if name == "synthetic":
         return path, name
-    if path.suffix or len(path.parts) > 1:
-        raise DataError(
-            "no such file or folder",
-            file=path,
-            expected="a file, a folder with interactions.* and items.*, or a named data set",
-            remedy="check the path; `llmrec list sources` names the data sets that can be downloaded",
-        )
-    from llmrec.downloads import pull
+    from llmrec.downloads import NAMES, pull
 
+    if name not in NAMES:
+        raise DataError(
+            "no such file, folder or named data set",
+            file=path,
+            expected="a file, a folder with interactions.* and items.*, movielens-100k or synthetic",
+            remedy="check the path from the folder you are in",
+        )
     tell(f"pulling {name}")
     return pull(name, report=tell), name
 

@@ -34,7 +34,9 @@ class StageModule(nn.Module):
         self.strategy = strategy
 
     def forward(self, batch: Any, step: StepInfo) -> StepLoss:
-        """The strategy's loss of a batch."""
+        """The strategy's loss of a batch; models with a curriculum are told where training stands first."""
+        if hasattr(self.model, "begin_step"):
+            self.model.begin_step(step.step, step.total_steps)
         return self.strategy.loss(self.model, batch, step)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
@@ -62,6 +64,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.loop.state.global_step // self.loop.steps_per_epoch
+        if hasattr(self.loop.train_dataset, "set_epoch"):
+            self.loop.train_dataset.set_epoch(epoch)
         order = self.loop.strategy.sampler(epoch)
         if order is None:
             seed = np.random.SeedSequence([self.loop.args.seed, ORDER_DRAWS, epoch])

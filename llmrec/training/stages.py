@@ -235,7 +235,7 @@ def _make_model(run: Run) -> None:
         names = ("projector", "slot_content", "residual", "instruction", "similarity", "item_bias", "learn_scale")
         options |= {name: getattr(prompt, name) for name in names}
     else:
-        options["projector"] = prompt.projector
+        options |= {"projector": prompt.projector, "curriculum": prompt.curriculum}
     run.model = LLMRecommender.build(
         model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer), **options
     ).to(run.device)
@@ -314,7 +314,8 @@ def _validation(run: Run, part: Any, stage: StageSpec) -> Callable[[], dict[str,
 
     def evaluate() -> dict[str, float]:
         result = Evaluator(protocol, spec.batch_size, run.device, progress=False).run(part, dataset)
-        return {name: float(value["mean"]) for name, value in result.metrics.items() if value["mean"] is not None}
+        shown = {stage.metric, *spec.metrics} & set(result.metrics)
+        return {name: float(result.metrics[name]["mean"]) for name in sorted(shown)}  # type: ignore[arg-type]
 
     return evaluate
 

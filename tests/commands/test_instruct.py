@@ -14,7 +14,9 @@ from tests.fixtures.tokenizers import tiny_bpe_tokenizer
 
 TITLES = [f"Film {letter}, The (19{70 + i})" for i, letter in enumerate("ABCDEFGHIJKLMNOPQRST")] + ["A <item> B", "a"]
 EVENTS = [
-    (user, (user * 3 + step) % len(TITLES) + 1, "test" if step == 7 else "train") for user in range(1, 7) for step in range(8)
+    (user, (user * 3 + step) % len(TITLES) + 1, "test" if step == 7 else "train")
+    for user in range(1, 7)
+    for step in range(8)
 ]
 
 
@@ -156,7 +158,6 @@ def test_trl_trains_on_the_file_as_it_is(folder, chat, monkeypatch):
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
-            gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_json(str(folder.parent / "rows.jsonl")),
         processing_class=tokenizer,

@@ -67,7 +67,7 @@ def text_of(tokenizer, ids, slots):
     return "".join([*out, tokenizer.decode(piece)])
 
 
-# Tokens ----------------------------------------------------------------------------------------------------------------
+# Tokens ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_slot_stands_right_behind_its_title(tokenizer):
@@ -107,6 +107,13 @@ def test_labels_cover_the_answer_and_nothing_else(tokenizer):
     assert (full.token_labels[:length] == -100).all() and (bare.token_labels == -100).all()
     assert full.token_labels[length:].tolist() == full.input_ids[length:].tolist() == encoder.answer_ids(4)
     assert tokenizer.decode(encoder.answer_ids(4)).strip(" ") == f"{TEXTS[4]}\n"
+
+
+def test_both_generations_of_llama_tokenizers_give_the_same_prompt(tmp_path):
+    """They differ in how often inside a text they add their space; in our prompts neither adds one."""
+    new, old = (tiny_sentencepiece_tokenizer(TITLES, tmp_path / str(legacy), legacy=legacy) for legacy in (False, True))
+    a, b = (PromptEncoder(TEXTS, options(), t).encode([1, 13, 18], [16, 17], answer=18).input_ids for t in (new, old))
+    assert np.array_equal(a, b)
 
 
 def test_every_answer_ends_in_the_same_terminator(tokenizer):
@@ -167,7 +174,7 @@ def test_chat_template_frames_the_prompt_and_keeps_the_slots(tokenizer):
     assert encoder.pieces.head == tokenizer.apply_chat_template(turn, return_dict=False)[: len(encoder.pieces.head)]
 
 
-# Length ----------------------------------------------------------------------------------------------------------------
+# Length ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_latest_history_is_shown(tokenizer):
@@ -213,7 +220,7 @@ def test_long_titles_are_cut_alike_in_prompt_and_answer(tokenizer):
     assert encoder.titles[2] == titles[2] or len(encoder.answer_ids(2)) <= 10
 
 
-# Examples --------------------------------------------------------------------------------------------------------------
+# Examples -------------------------------------------------------------------------------------------------------------
 
 
 def test_training_candidates_hold_the_target_and_nothing_the_user_met(tokenizer):
@@ -237,7 +244,9 @@ def test_draws_depend_on_seed_example_and_epoch_only():
     first = {i: (plain[i]["variant"], plain[i]["candidates"].tolist()) for i in range(len(plain))}
     assert {int(i): (again[int(i)]["variant"], again[int(i)]["candidates"].tolist()) for i in order} == first
     part = again.subset(order[:5])
-    assert [(part[i]["variant"], part[i]["candidates"].tolist()) for i in range(5)] == [first[int(i)] for i in order[:5]]
+    assert [(part[i]["variant"], part[i]["candidates"].tolist()) for i in range(5)] == [
+        first[int(i)] for i in order[:5]
+    ]
     again.set_epoch(1)
     assert sum(again[i]["candidates"].tolist() != first[i][1] for i in first) > len(first) // 2
     assert {again[i]["variant"] for i in first} == {1, 2, 3, 4}
@@ -261,7 +270,9 @@ def test_evaluation_uses_stored_lists_in_their_order(tokenizer):
     with pytest.raises(RecipeError, match="attach the stored lists"):
         InstructionExamples(DATA, examples, options(), training=False)
     lists = np.array([[3, 13, int(t), 0] for t in examples.targets])
-    data = InstructionExamples(DATA, examples.with_candidates(lists), options(variants="all"), titles=TEXTS, training=False)
+    data = InstructionExamples(
+        DATA, examples.with_candidates(lists), options(variants="all"), titles=TEXTS, training=False
+    )
     before = [data[i]["variant"] for i in range(len(data))]
     data.set_epoch(5)
     assert [data[i]["variant"] for i in range(len(data))] == before
@@ -299,7 +310,7 @@ def test_faults_are_named():
             prompts(**change)
 
 
-# Batches ---------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------------------
 
 
 def test_batches_pad_on_either_side(tokenizer):
@@ -378,7 +389,7 @@ def test_text_mode_of_a_batch_is_the_batch_of_text_mode(tokenizer, side):
     assert torch.equal(text_mode(text, side)["attention_mask"], text["attention_mask"])
 
 
-# Curriculum ------------------------------------------------------------------------------------------------------------
+# Curriculum -----------------------------------------------------------------------------------------------------------
 
 
 def test_curriculum_grows_from_text_to_hybrid():

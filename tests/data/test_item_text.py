@@ -83,7 +83,7 @@ def test_no_titles_at_all():
 
 
 def test_wrong_specifications_are_named():
-    with pytest.raises(RecipeError, match="column 'colour', which data set 'hand made' lacks; its items have: item, key"):
+    with pytest.raises(RecipeError, match="column 'colour', which data set 'hand made' lacks; its items have: item"):
         title_texts(catalogue(title=["a"]), ItemTextSpec("{colour}"))
     with pytest.raises(RecipeError, match="names no field"):
         ItemTextSpec("nothing")

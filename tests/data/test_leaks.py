@@ -145,6 +145,13 @@ class TestAnswerInPrompt:  # check 4
         row = prompt_row(target=1, history=[2], prompt="You watched Aliens. Next?")
         assert leaks.check_answer_in_prompt(clean, [row]).severity == "ok"
 
+    def test_other_spaces_in_the_catalogue_do_not_matter(self):
+        dataset = dataset_of(CLEAN, titles=["Alien", "Aliens", "Heat", "Ran  Away ", "It", "The Thing"])
+        row = prompt_row(prompt="One of: Heat; Ran Away.", candidates=[3, 4]) | {"completion": " Ran Away"}
+        assert leaks.check_answer_in_prompt(dataset, [row]).severity == "ok"
+        row = prompt_row(prompt="One of: Heat; Ran Away. Ran\nAway", candidates=[3, 4])
+        assert leaks.check_answer_in_prompt(dataset, [row]).severity == "error"
+
     def test_part_of_a_word_is_no_leak(self, clean):
         assert leaks.check_answer_in_prompt(clean, self.rows("You watched Rancho and Grand")).severity == "ok"
 
@@ -190,6 +197,11 @@ class TestCandidatePositions:  # check 5
 
     def test_few_lists_prove_nothing(self):
         assert "too few" in leaks.check_candidate_positions(self.lists(lambda rng: 0, rows=10)).detail
+
+    def test_the_same_lists_twice_are_not_more_evidence(self):
+        (group,) = self.lists(lambda rng: rng.choice(5, p=[0.27, 0.1825, 0.1825, 0.1825, 0.1825]))
+        alone = leaks.check_candidate_positions([group])
+        assert alone.severity == leaks.check_candidate_positions([group, group]).severity == "ok"
 
     def test_prompt_rows_are_looked_at(self, clean):
         rows = [prompt_row(candidates=[4, 5, 6]) for _ in range(60)]

@@ -202,8 +202,14 @@ class TestOptions:
             prepare(tmp_path / "events.csv", PrepareOptions(source_options={"users": 30}))
 
     def test_a_path_that_is_not_there(self):
-        with pytest.raises(DataError, match="no such file or folder"):
-            prepare("nowhere/events.csv")
+        for name in ("nowhere/events.csv", "nowhere"):
+            with pytest.raises(DataError, match="no such file, folder or named data set"):
+                prepare(name)
+
+    def test_a_named_data_set_is_pulled(self, tmp_path, monkeypatch):
+        (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n1,1,1\n1,2,2\n1,3,3\n")
+        monkeypatch.setattr("llmrec.downloads.pull", lambda name, report: tmp_path / "events.csv")
+        assert prepare("movielens-100k").meta.name == "movielens-100k"
 
 
 class TestRecords:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ _SECONDS_AHEAD = 86_400
 
 @dataclass(frozen=True)
 class Part:
-    """One typed table with what was found on the way."""
+    """One typed table with what was found on the way; `extras` maps names in the file to names in the table."""
 
     table: ibis.Table
     rejected: pa.Table
     columns: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    extras: Mapping[str, str] = field(default_factory=dict)
 
 
 def assemble(
@@ -64,9 +65,8 @@ def assemble(
     _check_overrides(overrides, interactions, items)
     main = read_interactions(connection, interactions, overrides, options)
     parts = [read_items(connection, raw, overrides, options, categories_separator) for raw in items]
-    inner = _items_within(
-        interactions, main, overrides, {role for part in parts for role in part.columns}, categories_separator
-    )
+    known = {role for part in parts for role in part.columns}
+    inner = _items_within(main, overrides, known, categories_separator)
     joined = [*parts, inner] if inner else parts
     table = joined[0].table if joined else None
     for part in joined[1:]:
@@ -111,7 +111,7 @@ def read_interactions(connection: Any, raw: RawFile, overrides: Mapping[str, str
     typed: dict[str, ibis.Value] = {
         USER_KEY: rows.as_text(column["user"]),
         ITEM_KEY: rows.as_text(column["item"]),
-        SOURCE_ROW: _[ROW],
+        SOURCE_ROW: raw.table[ROW],
     }
     notes: list[str] = []
     if "timestamp" in found:
@@ -134,11 +134,11 @@ def read_interactions(connection: Any, raw: RawFile, overrides: Mapping[str, str
     if SPLIT in found:
         text = column[SPLIT].cast("string").strip().lower()
         typed[SPLIT] = ibis.cases(*[(text == theirs, ours) for theirs, ours in _SPLIT_NAMES], else_=text)
-    good, rejected = rows.divide(connection, raw, checks, options.on_bad_rows)
-    typed.update(_extras(raw, set(found.values())))
-    table = raw.table.filter(good).select(**typed)
-    table, more = _check_interactions(connection, table, raw, rejected, in_file_order=roles.ROW not in found)
-    return Part(table, rejected, found, (*notes, *more))
+    extras = _extras(raw, set(found.values()))
+    typed.update({ours: raw.column(theirs) for theirs, ours in extras.items()})
+    table, rejected = rows.divide(connection, raw, typed, checks, options.on_bad_rows)
+    table, more = _check_interactions(connection, table.drop(ROW), raw, rejected, in_file_order=roles.ROW not in found)
+    return Part(table, rejected, found, (*notes, *more), extras)
 
 
 def _check_interactions(
@@ -167,9 +167,9 @@ def _check_interactions(
     return table, notes
 
 
-def _extras(raw: RawFile, used: set[str]) -> dict[str, ibis.Value]:
-    """Columns without a role, under their own names (a name of ours gets the prefix "source_")."""
-    result: dict[str, ibis.Value] = {}
+def _extras(raw: RawFile, used: set[str]) -> dict[str, str]:
+    """Columns without a role -> the name they keep (a name of ours gets the prefix "source_")."""
+    result: dict[str, str] = {}
     taken = set(_RESERVED)
     for name in raw.names:
         if name in used:
@@ -178,14 +178,14 @@ def _extras(raw: RawFile, used: set[str]) -> dict[str, ibis.Value]:
         while ours.casefold() in taken:
             ours = f"source_{ours}"
         taken.add(ours.casefold())
-        result[ours] = raw.column(name)
+        result[name] = ours
     return result
 
 
-def _item_fields(raw: RawFile, found: Mapping[str, str], separator: str) -> dict[str, ibis.Value]:
+def _item_fields(columns: Mapping[str, ibis.Column], separator: str) -> dict[str, ibis.Value]:
+    """Item fields by role, typed."""
     fields: dict[str, ibis.Value] = {}
-    for role, name in found.items():
-        column = raw.column(name)
+    for role, column in columns.items():
         if role in (TITLE, DESCRIPTION, BRAND):
             fields[role] = rows.as_sentence(column)
         elif role == CATEGORIES:
@@ -207,10 +207,8 @@ def read_items(
     """
     found = roles.sniff_columns(raw.names, roles.ITEM_ROLES, overrides)
     roles.require(found, ("item",), {}, file=raw.path, names=raw.names)
-    fields = {ITEM_KEY: rows.as_text(raw.column(found["item"])), **_item_fields(raw, found, separator)}
-    part = _read_entities(
-        connection, raw, ITEM_KEY, found["item"], {**fields, **_extras(raw, set(found.values()))}, options
-    )
+    fields = _item_fields({role: raw.column(name) for role, name in found.items()}, separator)
+    part = _read_entities(connection, raw, ITEM_KEY, found["item"], fields, set(found.values()), options)
     return replace(part, columns={role: name for role, name in found.items() if role != "item"})
 
 
@@ -222,37 +220,41 @@ def read_users(connection: Any, raw: RawFile, overrides: Mapping[str, str], opti
     """
     found = roles.sniff_columns(raw.names, roles.USER_ROLES, overrides)
     roles.require(found, ("user",), {}, file=raw.path, names=raw.names)
-    fields = {USER_KEY: rows.as_text(raw.column(found["user"])), **_extras(raw, {found["user"]})}
-    return _read_entities(connection, raw, USER_KEY, found["user"], fields, options)
+    return _read_entities(connection, raw, USER_KEY, found["user"], {}, {found["user"]}, options)
 
 
 def _read_entities(
-    connection: Any, raw: RawFile, key: str, name: str, fields: Mapping[str, ibis.Value], options: ReadOptions
+    connection: Any,
+    raw: RawFile,
+    key: str,
+    name: str,
+    fields: Mapping[str, ibis.Value],
+    used: set[str],
+    options: ReadOptions,
 ) -> Part:
-    good, rejected = rows.divide(connection, raw, [rows.check_id(raw.column(name), name)], options.on_bad_rows)
-    table = raw.table.filter(good).select(_[ROW], **fields)
-    counts = connection.to_pyarrow(table.agg(total=_.count(), distinct=_[key].nunique())).to_pylist()[0]
+    others = {ours: raw.column(theirs) for theirs, ours in _extras(raw, used).items()}
+    typed = {key: rows.as_text(raw.column(name)), **fields, **others}
+    table, rejected = rows.divide(connection, raw, typed, [rows.check_id(raw.column(name), name)], options.on_bad_rows)
+    counts = connection.to_pyarrow(table.agg(total=table.count(), distinct=table[key].nunique())).to_pylist()[0]
     repeated = counts["total"] - counts["distinct"]
     notes: tuple[str, ...] = ()
     if repeated:
         notes = (f"{raw.path.name}: {repeated} rows repeat a {key}; the first row of each is kept",)
-        firsts = table.group_by(key).agg(**{ROW: _[ROW].min()})
+        firsts = table.group_by(key).agg(**{ROW: table[ROW].min()})
         table = table.semi_join(firsts, [key, ROW])
     return Part(table.drop(ROW), rejected, {}, notes)
 
 
-def _items_within(
-    raw: RawFile, main: Part, overrides: Mapping[str, str], known: set[str], separator: str
-) -> Part | None:
+def _items_within(main: Part, overrides: Mapping[str, str], known: set[str], separator: str) -> Part | None:
     """Item fields that stand in the interaction file itself: the first value of each item."""
-    found = roles.sniff_columns(raw.names, roles.TEXT_ROLES, overrides)
-    found = {role: name for role, name in found.items() if role not in known and name not in main.columns.values()}
+    found = roles.sniff_columns(main.extras, roles.TEXT_ROLES, overrides)
+    found = {role: name for role, name in found.items() if role not in known}
     if not found:
         return None
-    fields = {ITEM_KEY: rows.as_text(raw.column(main.columns["item"])), **_item_fields(raw, found, separator)}
-    table = raw.table.select(_[ROW], **fields)
-    table = table.filter(rows.check_id(table[ITEM_KEY], ITEM_KEY).reason.isnull())
-    firsts = {name: _[name].argmin(_[ROW]) for name in fields if name != ITEM_KEY}
+    table = main.table
+    fields = _item_fields({role: table[main.extras[name]] for role, name in found.items()}, separator)
+    table = table.select(ITEM_KEY, SOURCE_ROW, **fields)
+    firsts = {name: table[name].argmin(table[SOURCE_ROW]) for name in fields}
     return Part(table.group_by(ITEM_KEY).agg(**firsts), rows.reject_table(()), found)
 
 

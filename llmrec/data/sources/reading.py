@@ -61,6 +61,7 @@ class RawFile:
         names: Column names in the file; names[i] is column c{i}.
         rejected: Rows that are no rows of the format at all.
         lines_of: Row numbers [n] -> 1-based physical lines [n] (row numbers for Parquet).
+        stored: Temporary table behind `table`, to be dropped once the rows are typed; None where `table` is lazy.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class RawFile:
     names: tuple[str, ...]
     rejected: tuple[Reject, ...]
     lines_of: Callable[[np.ndarray], np.ndarray]
+    stored: str | None = None
 
     def column(self, name: str) -> ibis.Column:
         """The column of a name."""
@@ -230,7 +232,7 @@ def read_jsonl(connection: Any, path: Path, *, keep: Collection[str] = (), shown
         Reject(str(shown), int(line), "", text, "not a JSON object") for line, text in zip(places, texts, strict=True)
     ]
     kept = whole.filter(whole.malformed.isnull()).drop("malformed")
-    return RawFile(shown, kept, names, (*rejected, *rejects), lambda rows: index.lines_of_rows(rows, bad_lines))
+    return RawFile(shown, kept, names, (*rejected, *rejects), lambda rows: index.lines_of_rows(rows, bad_lines), table)
 
 
 def _json_keys(path: Path) -> tuple[str, ...]:
@@ -354,8 +356,9 @@ def read_delimited(connection: Any, path: Path, layout: Layout, *, shown: Path |
         encoding=layout.encoding,
     )
     bad_lines = np.array(sorted({reject.line for reject in rejected}), dtype=np.int64)
+    rows = connection.table(table)
     return RawFile(
-        shown, connection.table(table), layout.names, tuple(rejected), lambda rows: index.lines_of_rows(rows, bad_lines)
+        shown, rows, layout.names, tuple(rejected), lambda numbers: index.lines_of_rows(numbers, bad_lines), table
     )
 
 

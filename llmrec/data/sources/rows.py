@@ -7,14 +7,16 @@ guess for each row would mend a wrong unit in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ibis
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from ibis import _
+from ibis.util import gen_name
 
 from llmrec.data.sources.reading import ROW, RawFile, Reject
 from llmrec.errors import DataError
@@ -39,6 +41,9 @@ UNITS = {
     4: ("nanoseconds", 1e9),
     5: ("ISO dates", 1.0),
 }
+_DATES = 5
+_LARGEST = 1.7976931348623157e308
+_FLAW = "llmrec_flaw_"
 _EXPECTED = {
     "empty id": "a user or item id",
     "not a time": "seconds, milliseconds or microseconds since 1970, or an ISO 8601 date such as 2024-01-31 12:00:00",
@@ -77,14 +82,13 @@ def as_text(column: ibis.Column) -> ibis.Column:
 
 
 def as_number(column: ibis.Column) -> ibis.Column:
-    """float64, null where the value is no finite number; true and false count as 1 and 0."""
-    kind = column.type()
-    if kind.is_string():
-        number = column.try_cast("float64")
-        number = ibis.coalesce(number, ibis.cases((column.lower() == "true", 1.0), (column.lower() == "false", 0.0)))
-    else:
-        number = column.try_cast("float64")
-    return ibis.cases((number.isnan() | number.isinf(), ibis.null("float64")), else_=number)
+    """float64, null where the value is no number; true and false count as 1 and 0. May be NaN or infinite."""
+    number = column.try_cast("float64")
+    if column.type().is_string():
+        number = ibis.cases(
+            (number.notnull(), number), (column.lower() == "true", 1.0), (column.lower() == "false", 0.0)
+        )
+    return number
 
 
 def as_list(column: ibis.Column, separator: str = r"\s*[|;]\s*") -> ibis.Column:
@@ -131,79 +135,90 @@ def check_id(column: ibis.Column, name: str) -> Check:
 def check_number(column: ibis.Column, name: str, *, required: bool) -> Check:
     """Numbers must be finite; an empty value is allowed unless `required`."""
     text = column.cast("string")
-    present = ibis.literal(True) if required else text.notnull() & (text.strip() != "")
-    return Check(name, text, ibis.cases((present & as_number(column).isnull(), "not a finite number")))
+    finite = (as_number(column).abs() <= _LARGEST).fill_null(False)  # NaN is greater than every number
+    wrong = ~finite if required else ~finite & text.notnull() & (text.strip() != "")
+    return Check(name, text, ibis.cases((wrong, "not a finite number")))
 
 
-def read_time(connection: Any, column: ibis.Column, name: str) -> tuple[ibis.Column, Check, int] | None:
+def read_time(connection: Any, column: ibis.Column, name: str) -> tuple[ibis.Value, Check, int] | None:
     """Times as int64 seconds, the rule that a row must keep, and the unit; None when the column is empty.
 
     Returns:
         Seconds, the check, and a key of `UNITS`.
     """
-    kind = column.type()
+    kind, found = column.type(), column.cast("string")
     if kind.is_timestamp() or kind.is_date():
-        moment = column.cast("timestamp")
-        seconds = (moment.epoch_seconds()).cast("int64")
-        return seconds, Check(name, column.cast("string"), ibis.cases((column.isnull(), "not a time"))), 5
-    number, date = _numbers_and_dates(column)
+        seconds = column.cast("timestamp").epoch_seconds().cast("int64")
+        return seconds, Check(name, found, ibis.cases((column.isnull(), "not a time"))), _DATES
+    number = column.try_cast("float64")
     size = number.abs()
-    unit = ibis.cases(
-        (size < 1e11, 1), (size < 1e14, 2), (size < 1e17, 3), (size < 9.2e18, 4), (date.notnull(), 5)
-    ).cast("int8")
-    table = column.as_table().select(unit=unit)
-    counts = connection.to_pyarrow(table.filter(_.unit.notnull()).group_by("unit").agg(rows=_.count())).to_pydict()
-    if not counts["unit"]:
-        texts = column.cast("string")
-        filled = connection.to_pyarrow(texts.notnull() & (texts.strip() != "")).to_numpy(zero_copy_only=False)
-        if not filled.any():
-            return None
-        return ibis.null("int64"), Check(name, texts, ibis.literal("not a time")), 1
-    chosen = min(zip([-rows for rows in counts["rows"]], counts["unit"], strict=True))[1]
-    other = "these are {0}, like most rows of the column; this value looks like {1}"
-    mixed = [(unit == code, other.format(UNITS[chosen][0], UNITS[code][0])) for code in UNITS if code != chosen]
-    reason = ibis.cases((unit.isnull(), "not a time"), *mixed)
-    seconds = date if chosen == 5 else (number / UNITS[chosen][1]).floor().try_cast("int64")
-    return seconds, Check(name, column.cast("string"), reason), chosen
+    units = [(size < limit, unit) for unit, limit in zip((1, 2, 3, 4), (1e11, 1e14, 1e17, 9.2e18), strict=True)]
+    date = _date_seconds(column) if kind.is_string() else ibis.null("int64")
+    # A CASE looks at a branch only where the earlier ones failed, so dates are parsed only where no number stands.
+    unit = ibis.cases(*units, (number.notnull(), ibis.null("int64")), (date.notnull(), _DATES)).cast("int8")
+    rows = column.as_table().select(unit=unit, filled=found.notnull() & (found.strip() != ""))
+    counts = connection.to_pyarrow(rows.group_by("unit", "filled").agg(rows=_.count())).to_pylist()
+    if not any(count["filled"] for count in counts):
+        return None
+    known = [(-count["rows"], count["unit"]) for count in counts if count["unit"] is not None]
+    chosen = min(known)[1] if known else 1
+    text = f"these are {UNITS[chosen][0]}, like most rows of the column; this value looks like {{}}"
+    mixed = [(unit == code, text.format(UNITS[code][0])) for code in UNITS if code != chosen]
+    reason = ibis.cases((unit == chosen, ibis.null("string")), *mixed, else_="not a time")
+    seconds = date if chosen == _DATES else (number / UNITS[chosen][1]).floor().try_cast("int64")
+    return seconds, Check(name, found, reason), chosen
 
 
-def _numbers_and_dates(column: ibis.Column) -> tuple[ibis.Column, ibis.Column]:
-    if not column.type().is_string():
-        return as_number(column), ibis.null("int64")
+def _date_seconds(column: ibis.Column) -> ibis.Value:
     text = column.strip()
-    number = text.try_cast("float64")
-    number = ibis.cases((number.isnan() | number.isinf(), ibis.null("float64")), else_=number)
-    is_date = text.re_search(r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}")
     zoned = text.re_search(r"\d{2}:\d{2}.*([zZ]|[+-]\d{2}(:?\d{2})?|[a-zA-Z])$")
     moment = ibis.cases(
-        (is_date & zoned, text.try_cast("timestamp('UTC')").epoch_seconds()),
-        (is_date, text.try_cast("timestamp").epoch_seconds()),
+        (~text.re_search(r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}"), ibis.null("int64")),
+        (zoned, text.try_cast("timestamp('UTC')").epoch_seconds().cast("int64")),
+        else_=text.try_cast("timestamp").epoch_seconds().cast("int64"),
     )
-    return number, moment.cast("int64")
+    return moment
 
 
 def divide(
-    connection: Any, raw: RawFile, checks: Sequence[Check], on_bad_rows: OnBadRows
-) -> tuple[ibis.Column, pa.Table]:
-    """Which rows are good, and the table of those that are not.
+    connection: Any, raw: RawFile, typed: Mapping[str, ibis.Value], checks: Sequence[Check], on_bad_rows: OnBadRows
+) -> tuple[ibis.Table, pa.Table]:
+    """Type a file and set its bad rows aside.
+
+    Text is typed once, into a temporary table that replaces the raw one; Parquet stays lazy.
+
+    Args:
+        connection: Ibis connection on DuckDB.
+        raw: The file.
+        typed: Our name -> value, over the columns of `raw`.
+        checks: Rules; the first one broken is the reason given.
+        on_bad_rows: "stop" or "quarantine".
+
+    Returns:
+        `file_row` and the typed columns of good rows, and the table of rejects.
 
     Raises:
-        DataError: A row is bad and the rule is "stop", or no row is good.
+        DataError: A row is bad and the rule is "stop".
     """
+    code = ibis.cases(*[(check.reason.notnull(), number) for number, check in enumerate(checks)]).cast("int8")
     reason = ibis.coalesce(*(check.reason for check in checks), ibis.null("string"))
-    columns = [(check.reason.notnull(), check.column) for check in checks]
-    founds = [(check.reason.notnull(), ibis.coalesce(check.found, ibis.literal("")).substr(0, 200)) for check in checks]
-    table = raw.table.select(ROW, column=ibis.cases(*columns), found=ibis.cases(*founds), reason=reason)
-    bad = connection.to_pyarrow(table.filter(_.reason.notnull()).order_by(ROW))
+    found = ibis.cases(*[(check.reason.notnull(), check.found.substr(0, 200)) for check in checks])
+    flaws = {_FLAW + "code": code, _FLAW + "found": found, _FLAW + "reason": reason}
+    table = raw.table.select(ROW, **typed, **flaws)
+    if raw.stored:
+        table = connection.create_table(gen_name("llmrec_rows"), table, temp=True)
+        connection.raw_sql(f"DROP TABLE {raw.stored}")
+    flawed = table.filter(table[_FLAW + "reason"].notnull())
+    bad = connection.to_pyarrow(flawed.select(ROW, *flaws).order_by(ROW))
     lines = raw.lines_of(bad[ROW].to_numpy()) if bad.num_rows else np.zeros(0, dtype=np.int64)
+    names = pa.array([check.column for check in checks]).take(bad[_FLAW + "code"])
+    founds = pc.fill_null(bad[_FLAW + "found"], "")
     files = pa.array([str(raw.path)] * bad.num_rows, pa.string())
-    rows = pa.table(
-        [files, pa.array(lines, pa.int64()), bad["column"], bad["found"], bad["reason"]], schema=REJECT_SCHEMA
-    )
-    rejected = pa.concat_tables([reject_table(raw.rejected), rows]).sort_by("line")
+    rejects = pa.table([files, pa.array(lines, pa.int64()), names, founds, bad[_FLAW + "reason"]], schema=REJECT_SCHEMA)
+    rejected = pa.concat_tables([reject_table(raw.rejected), rejects]).sort_by("line")
     if rejected.num_rows and on_bad_rows == "stop":
         raise_first(rejected)
-    return reason.isnull(), rejected
+    return table.filter(table[_FLAW + "reason"].isnull()).drop(*flaws), rejected
 
 
 def reject_table(rejects: Iterable[Reject]) -> pa.Table:

@@ -77,7 +77,11 @@ class TestUnderstood:
 
     def test_parquet_keeps_types_and_wholes(self, reader):
         path = reader.folder / "events.parquet"
-        table = {"user_id": [1.0, 2.0], "item_id": [2**63 - 1, -5], "timestamp": pa.array([0, 10**15], pa.timestamp("us"))}
+        table = {
+            "user_id": [1.0, 2.0],
+            "item_id": [2**63 - 1, -5],
+            "timestamp": pa.array([0, 10**15], pa.timestamp("us")),
+        }
         pq.write_table(pa.table(table), path)
         raw = reader.read(path)
         assert reader.rows(raw.interactions, *TIMES) == [("1", str(2**63 - 1), 0), ("2", "-5", 10**9)]
@@ -138,7 +142,8 @@ class TestRefused:
         ("content", "words"),
         [
             (b"", "empty"), (b"\n\n", "empty"), (b"user_id,item_id\n", "no rows"),
-            ("user_id,item_id\na,b\n".encode("utf-16"), "UTF-16"), ("user_id,item_id\na,b\n".encode("utf-16-le"), "UTF-16"),
+            ("user_id,item_id\na,b\n".encode("utf-16"), "UTF-16"),
+            ("user_id,item_id\na,b\n".encode("utf-16-le"), "UTF-16"),
             (b"user_id\xa7item_id\na\xa7b\n", "no separator"), (b"user_id.item_id\na.b\n", "no separator"),
             (b"user_id,price\na,1\n", "no item column"), (b"1,2,3\n4,5,6\n", "no user column"),
             (b"user_id,item_id,Item_ID\na,b,c\n", "duplicate column"), (b"PK\x03\x04rest", "zip"),
@@ -253,12 +258,17 @@ class TestRefused:
 class TestFolders:
     def test_items_and_users_are_joined(self, reader):
         reader.write("shop/interactions.csv", "user_id,item_id\n1,10\n2,20\n")
-        reader.write("shop/items.tsv", "item_id\tname\tgenres\tprice\n10\tTea\tDrink|Hot\t3\n20\tTea\t\t4\n30\tCup\tHome\t5\n")
+        reader.write(
+            "shop/items.tsv", "item_id\tname\tgenres\tprice\n10\tTea\tDrink|Hot\t3\n20\tTea\t\t4\n30\tCup\tHome\t5\n"
+        )
         reader.write("shop/users.jsonl", '{"user_id": 1, "age": 30, "user_key": "k"}\n')
-        extra = reader.write("more.jsonl", '{"id": 10, "overview": "Nice tea", "categories": ["X"]}\n{"id": 40, "overview": ""}\n')
+        extra = reader.write(
+            "more.jsonl", '{"id": 10, "overview": "Nice tea", "categories": ["X"]}\n{"id": 40, "overview": ""}\n'
+        )
         raw = reader.read(reader.folder / "shop", items=(extra,))
         assert reader.rows(raw.items, "item_key", "title", "categories", "description", "price") == [
-            ("10", "Tea", ["Drink", "Hot"], "Nice tea", "3"), ("20", "Tea", None, None, "4"), ("30", "Cup", ["Home"], None, "5"),
+            ("10", "Tea", ["Drink", "Hot"], "Nice tea", "3"), ("20", "Tea", None, None, "4"),
+            ("30", "Cup", ["Home"], None, "5"),
             ("40", None, None, None, None),
         ]  # fmt: skip
         assert reader.rows(raw.users, "user_key", "age", "source_user_key") == [("1", "30", "k")]
