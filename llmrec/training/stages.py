@@ -127,8 +127,8 @@ def _claim(folder: RunDir, recipe: Recipe, resume: str, force: bool) -> None:
 
 def prepare_dataset(recipe: Recipe, folder: RunDir, say: Say) -> InteractionDataset:
     """The prepared data set of a recipe: an existing folder, or one prepared into the run."""
-    from llmrec.data.prepare import PrepareOptions, connect, prepare_source, prepare_tables
-    from llmrec.data.sources.base import ReadOptions
+    from llmrec.data.card import write_folder
+    from llmrec.data.prepare import PrepareOptions, prepare_source
 
     spec = recipe.dataset
     given = Path(spec.source)
@@ -151,17 +151,13 @@ def prepare_dataset(recipe: Recipe, folder: RunDir, say: Say) -> InteractionData
         name=spec.name,
         format=spec.format,
         on_bad_rows=spec.on_bad_rows,
+        source_options=spec.options,
     )
-    if spec.source == "synthetic":
-        source = discovery.build("source", "synthetic", spec.options)
-        with connect() as connection:
-            raw = source.read(connection, Path("synthetic"), ReadOptions())
-            dataset = prepare_tables(raw, options, spec.name or "synthetic", connection, source="synthetic", report=say)
-    elif spec.options:
+    if spec.options and spec.source != "synthetic":
         raise RecipeError("dataset.options belong to source: synthetic")
-    else:
-        dataset = prepare_source(spec.source, options, report=say).dataset
-    dataset.save(folder.root / "dataset")
+    preparation = prepare_source(spec.source, options, report=say)
+    write_folder(preparation, folder.root / "dataset")
+    dataset = preparation.dataset
     summary = dataset.summary()
     say(
         f"data set {summary['name']}: {summary['users']:,} users, {summary['items']:,} items, "
