@@ -138,8 +138,14 @@ NAMES: dict[str, Named] = {
                 **{
                     f"{_MINILM}/{name}": (name, None)
                     for name in (
-                        "config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json",
-                        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                        "config.json",
+                        "config_sentence_transformers.json",
+                        "modules.json",
+                        "sentence_bert_config.json",
+                        "special_tokens_map.json",
+                        "tokenizer.json",
+                        "tokenizer_config.json",
+                        "vocab.txt",
                         "1_Pooling/config.json",
                     )
                 },

@@ -122,4 +122,6 @@ def _prompt(recipe: Recipe) -> str | None:
         "candidates": [f"title {n}" for n in range(4, 4 + count)] if count else [],
         "user": None,
     }
-    return template.render(template.variants[0], **{name: values[name] for name in template.variables if name in values})
+    return template.render(
+        template.variants[0], **{name: values[name] for name in template.variables if name in values}
+    )

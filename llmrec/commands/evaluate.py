@@ -12,7 +12,9 @@ EXAMPLE = "llmrec evaluate runs/smoke-ilora --protocol candidates-20"
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--split", choices=("valid", "test", "test_lapse"), help="which targets (default: the recipe's)")
+    parser.add_argument(
+        "--split", choices=("valid", "test", "test_lapse"), help="which targets (default: the recipe's)"
+    )
     parser.add_argument("--protocol", metavar="full|candidates-C", help="default: the recipe's")
     parser.add_argument("--mode", choices=("score", "generate"), help="default: the recipe's")
     parser.add_argument("--seeds", help="draws of candidates, such as 42,43,44")

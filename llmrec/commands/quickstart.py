@@ -56,7 +56,11 @@ def run(args: Namespace) -> int:
     record["report"] = str(report) if report else None
     write_json(out / "metrics.json", record)
     example = _example(out)
-    emit({**record, "example": example}, lambda: [results_table(record, METRICS), *_tables(record, example)], args.as_json)
+    emit(
+        {**record, "example": example},
+        lambda: [results_table(record, METRICS), *_tables(record, example)],
+        args.as_json,
+    )
     return 0
 
 
@@ -148,7 +152,11 @@ def _tables(record: dict[str, Any], example: dict[str, Any]) -> list[Any]:
     tests = tabulate(
         ["paired test, ndcg@10", "difference", "low", "high", "p"],
         [
-            [f"{test['a']} - {test['b']}", *(test["difference"][part] for part in ("mean", "low", "high")), test["p_value"]]
+            [
+                f"{test['a']} - {test['b']}",
+                *(test["difference"][part] for part in ("mean", "low", "high")),
+                test["p_value"],
+            ]
             for test in record["tests"]
         ],
     )

@@ -139,7 +139,7 @@ class InteractionDataset:
                 f"data set {self.meta.name!r} has no column {name!r}",
                 found=", ".join(self.interactions.column_names),
                 expected=f"a column {name!r}",
-                remedy="prepare it again from a source that carries this column, or choose a model that does not use it",
+                remedy="prepare it again from a source with this column, or choose a model that does not use it",
             )
         return self.interactions.column(name).to_numpy()
 
@@ -327,7 +327,11 @@ def _check_tables(interactions: pa.Table, items: pa.Table, users: pa.Table) -> N
         raise DataError("interactions must be sorted by user, then by strictly increasing order")
     for ids, limit, column in ((user, users.num_rows, USER), (item, items.num_rows, ITEM)):
         if len(ids) and (ids.min() < 1 or ids.max() > limit):
-            raise DataError("id outside its table", column=column, found=f"{ids.min()}..{ids.max()}", expected=f"1..{limit}")
+            raise DataError(
+                "id outside its table", column=column, found=f"{ids.min()}..{ids.max()}", expected=f"1..{limit}"
+            )
     strange = set(pc.unique(interactions.column(SPLIT)).to_pylist()) - set(SPLITS)
     if strange:
-        raise DataError("unknown split value", column=SPLIT, found=sorted(map(str, strange)), expected=", ".join(SPLITS))
+        raise DataError(
+            "unknown split value", column=SPLIT, found=sorted(map(str, strange)), expected=", ".join(SPLITS)
+        )

@@ -197,7 +197,9 @@ def pad_right(rows: Sequence[np.ndarray], fill: int = 0) -> Any:
     return torch.from_numpy(padded)
 
 
-def history_batch(histories: Sequence[Sequence[int]], max_history: int, *, user_ids: Sequence[int] | None = None) -> SequenceBatch:
+def history_batch(
+    histories: Sequence[Sequence[int]], max_history: int, *, user_ids: Sequence[int] | None = None
+) -> SequenceBatch:
     """A batch for recommending to given histories of item ids (the latest `max_history` are the inputs).
 
     Raises:

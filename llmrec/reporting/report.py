@@ -79,13 +79,17 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None) -
     found = evaluations.read_sections({record.name: record.folder for record in records})
     shown = [_section(section, records) for section in found]
     headline = title or _title(records)
-    page = _environment().get_template("report.jinja").render(
-        title=headline,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        runs=records,
-        datasets=_datasets(records),
-        sections=shown,
-        papers=sorted({paper for record in records for paper in record.papers}),
+    page = (
+        _environment()
+        .get_template("report.jinja")
+        .render(
+            title=headline,
+            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            runs=records,
+            datasets=_datasets(records),
+            sections=shown,
+            papers=sorted({paper for record in records for paper in record.papers}),
+        )
     )
     write_text(Path(out), page)
     return {

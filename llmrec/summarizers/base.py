@@ -1,4 +1,4 @@
-"""Base of summarizers: items and users -> texts written by a (multimodal) LLM. One file of this folder per summarizer."""
+"""Base of summarizers: items and users -> texts written by a (multimodal) LLM. One file per summarizer."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _make_encoder(run: Run) -> None:
     encoder_class: Any = discovery.resolve("encoder", spec.type)
     if encoder_class.trainable and not trains:
         raise RecipeError(
-            f"encoder {spec.type!r} would stay untrained: add a stage with train: encoder, or encoder.pretrained: FOLDER"
+            f"encoder {spec.type!r} would stay untrained: add a stage `train: encoder`, or encoder.pretrained: FOLDER"
         )
     torch.manual_seed(run.seed_of("encoder"))
     config = encoder_class.config_class(

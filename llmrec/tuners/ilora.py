@@ -345,7 +345,6 @@ class ILoraModel(LoraModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-
 def check_encoder(config: PeftConfig, fingerprint: str | None) -> None:
     """Refuse an adapter whose router was trained on another encoder.
 
@@ -362,9 +361,6 @@ def check_encoder(config: PeftConfig, fingerprint: str | None) -> None:
             f"the adapter was trained with the encoder {expected}, found the encoder {fingerprint}; "
             "its router would read vectors of another space. Load the encoder saved beside the adapter"
         )
-
-
-
 
 
 class ILoraTuner(Tuner):

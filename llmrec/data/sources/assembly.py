@@ -26,6 +26,7 @@ _RESERVED = {
 }  # fmt: skip
 _SPLIT_NAMES = (("val", "valid"), ("validation", "valid"), ("dev", "valid"), ("training", "train"), ("testing", "test"))
 _SECONDS_AHEAD = 86_400
+_LARGEST_ROW = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ def read_interactions(connection: Any, raw: RawFile, overrides: Mapping[str, str
                 )
     for role in (ORDER, RATING, LABEL, roles.ROW):
         if role in found:
-            checks.append(rows.check_number(column[role], found[role], required=role in (ORDER, roles.ROW)))
+            required, largest = role in (ORDER, roles.ROW), _LARGEST_ROW if role == roles.ROW else rows.LARGEST
+            checks.append(rows.check_number(column[role], found[role], required=required, largest=largest))
             whole = role == roles.ROW or (role != RATING and column[role].type().is_integer())
             value = rows.as_number(column[role])
-            typed[role] = value.cast("int64") if whole else value
+            typed[role] = value.try_cast("int64") if whole else value
     if SPLIT in found:
         text = column[SPLIT].cast("string").strip().lower()
         typed[SPLIT] = ibis.cases(*[(text == theirs, ours) for theirs, ours in _SPLIT_NAMES], else_=text)

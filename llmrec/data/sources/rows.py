@@ -42,7 +42,7 @@ UNITS = {
     5: ("ISO dates", 1.0),
 }
 _DATES = 5
-_LARGEST = 1.7976931348623157e308
+LARGEST = 1.7976931348623157e308
 _FLAW = "llmrec_flaw_"
 _EXPECTED = {
     "empty id": "a user or item id",
@@ -132,10 +132,10 @@ def check_id(column: ibis.Column, name: str) -> Check:
     return Check(name, column.cast("string"), ibis.cases((empty, "empty id")))
 
 
-def check_number(column: ibis.Column, name: str, *, required: bool) -> Check:
-    """Numbers must be finite; an empty value is allowed unless `required`."""
+def check_number(column: ibis.Column, name: str, *, required: bool, largest: float = LARGEST) -> Check:
+    """Numbers must be finite and at most `largest` in size; an empty value is allowed unless `required`."""
     text = column.cast("string")
-    finite = (as_number(column).abs() <= _LARGEST).fill_null(False)  # NaN is greater than every number
+    finite = (as_number(column).abs() <= largest).fill_null(False)  # NaN is greater than every number
     wrong = ~finite if required else ~finite & text.notnull() & (text.strip() != "")
     return Check(name, text, ibis.cases((wrong, "not a finite number")))
 
@@ -165,7 +165,8 @@ def read_time(connection: Any, column: ibis.Column, name: str) -> tuple[ibis.Val
     text = f"these are {UNITS[chosen][0]}, like most rows of the column; this value looks like {{}}"
     mixed = [(unit == code, text.format(UNITS[code][0])) for code in UNITS if code != chosen]
     reason = ibis.cases((unit == chosen, ibis.null("string")), *mixed, else_="not a time")
-    seconds = date if chosen == _DATES else (number / UNITS[chosen][1]).floor().try_cast("int64")
+    # Only good rows are converted: a number of any size may stand in the others.
+    seconds = date if chosen == _DATES else ibis.cases((unit == chosen, (number / UNITS[chosen][1]).floor()))
     return seconds, Check(name, found, reason), chosen
 
 
