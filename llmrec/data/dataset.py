@@ -292,8 +292,10 @@ class InteractionDataset:
         if version != FORMAT_VERSION:
             raise DataError("unknown data set format", file=folder, found=version, expected=str(FORMAT_VERSION))
         record["notes"] = tuple(record["notes"])
-        tables = [pq.read_table(folder / f"{n}.parquet", memory_map=True) for n in ("interactions", "items", "users")]
-        dataset = cls(*tables, meta=DatasetMeta(**record))
+        interactions, items, users = (
+            pq.read_table(folder / f"{name}.parquet", memory_map=True) for name in ("interactions", "items", "users")
+        )
+        dataset = cls(interactions, items, users, DatasetMeta(**record))
         if dataset.fingerprint != stored:
             raise DataError(
                 "tables and meta.json do not belong together",

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 import numpy as np
 
 if TYPE_CHECKING:
-    from torch import FloatTensor, LongTensor, Tensor
+    from torch import Tensor
+
+    # The dtypes are meant; torch's own LongTensor and FloatTensor types are not what its functions are typed to return.
+    LongTensor = Tensor
+    FloatTensor = Tensor
 
 USER, ITEM, ORDER, SPLIT = "user", "item", "order", "split"
 TIMESTAMP, RATING, LABEL, DOMAIN = "timestamp", "rating", "label", "domain"

@@ -128,8 +128,9 @@ class SequenceEncoder(PreTrainedModel, ABC):
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             if module.weight is not None:
                 nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                nn.init.zeros_(bias)
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """Arguments of `forward` taken from a batch.

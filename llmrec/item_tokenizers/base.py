@@ -121,7 +121,7 @@ class ItemTokenizer(ABC):
         record: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         if record["class"].rpartition(".")[2] != cls.__qualname__:
             raise CheckpointError(f"{folder}: written by {record['class']}, asked for {cls.__qualname__}")
-        known = {f.name for f in fields(cls)} if is_dataclass(cls) else set()
+        known: set[str] = {f.name for f in fields(cls)} if is_dataclass(cls) else set()
         tokenizer = cls(**{name: value for name, value in record["options"].items() if name in known})
         for name, value in load_file(folder / "codes.safetensors").items():
             setattr(tokenizer, name, value)

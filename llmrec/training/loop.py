@@ -35,8 +35,9 @@ class StageModule(nn.Module):
 
     def forward(self, batch: Any, step: StepInfo) -> StepLoss:
         """The strategy's loss of a batch; models with a curriculum are told where training stands first."""
-        if hasattr(self.model, "begin_step"):
-            self.model.begin_step(step.step, step.total_steps)
+        begin_step = getattr(self.model, "begin_step", None)
+        if callable(begin_step):
+            begin_step(step.step, step.total_steps)
         return self.strategy.loss(self.model, batch, step)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
@@ -84,6 +85,7 @@ class StageLoop(AtomicCheckpoints):
     loss_is_scaled_for_ga = True  # by `training_step`, over all places of the step
 
     args: Any
+    train_dataset: Any
     state: Any
     model: Any
     accelerator: Any

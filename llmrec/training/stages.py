@@ -100,7 +100,7 @@ def run_recipe(
         run.stages.append(_run_stage(run, number, stage))
     if run.model is None and (recipe.llm is not None and recipe.prompt is not None):
         _make_model(run)  # a run without a tuner stage still measures the untuned model
-        run.model.save_pretrained(folder.model)
+        run.model.save_pretrained(folder.model)  # type: ignore[attr-defined]
     return evaluate_run(run, recipe.evaluate)
 
 
@@ -405,8 +405,8 @@ def _store_gates(run: Run, protocol: EvalProtocol) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    inner = getattr(getattr(run.model, "model", None), "base_model", None)
-    if not hasattr(inner, "compute_gates"):
+    inner: Any = getattr(getattr(run.model, "model", None), "base_model", None)
+    if inner is None or not hasattr(inner, "compute_gates"):
         return
     examples = run.dataset.histories(protocol.split, run.recipe.dataset.max_history)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []

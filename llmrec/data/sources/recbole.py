@@ -63,7 +63,7 @@ def read_atomic(connection: Any, path: Path) -> RawFile:
         )
     text, _ = text_sample(path)
     header = text.splitlines()[0]
-    fields = [field.strip().rpartition(":") for field in header.split("\t")]
+    fields = [field.strip().partition(":") for field in header.split("\t")]
     if not all(name and kind in TYPES for name, _, kind in fields):
         raise DataError(
             "the first line is not a typed header",

@@ -10,11 +10,12 @@ from llmrec.data.sources.amazon import domain_of
 from llmrec.errors import DataError
 
 OLD = [
-    {"reviewerID": "A1", "asin": "B1", "reviewText": "good", "overall": 5.0, "summary": "s", "unixReviewTime": 1252800000},
+    {"reviewerID": "A1", "asin": "B1", "reviewText": "good", "overall": 5.0, "unixReviewTime": 1252800000},
     {"reviewerID": "A2", "asin": "B2", "overall": 3, "unixReviewTime": 1252800001},
 ]  # fmt: skip
 OLD_META = [
-    {"asin": "B1", "title": "It's a lamp", "description": "Bright", "brand": "Lum", "categories": [["Home", "Light"], ["Home", "Sale"]]},
+    {"asin": "B1", "title": "It's a lamp", "description": "Bright", "brand": "Lum",
+     "categories": [["Home", "Light"], ["Home", "Sale"]]},
     {"asin": "B2", "title": 'Said "so"', "imUrl": "http://x"},
 ]  # fmt: skip
 NEW = [
@@ -41,7 +42,7 @@ def test_2014(reader, dump):
         assert reader.rows(raw.items, "item_key", "title", "description", "brand", "categories") == [
             ("B1", "It's a lamp", "Bright", "Lum", ["Home", "Light", "Sale"]), ("B2", 'Said "so"', None, None, None),
         ]  # fmt: skip
-        assert not {"reviewText", "summary", "imUrl"} & {*raw.interactions.columns, *raw.items.columns}
+        assert not {"reviewText", "imUrl"} & {*raw.interactions.columns, *raw.items.columns}
 
 
 def test_2023(reader):

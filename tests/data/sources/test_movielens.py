@@ -12,7 +12,8 @@ FLAGS = lambda *on: "|".join("1" if i in on else "0" for i in range(19))  # noqa
 HUNDRED_K = {
     "u.data": "196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
     "u.item": (
-        f"242|Kolya, \"the\" film (1996)|24-Jan-1997||http://x/a?b|{FLAGS(5)}\n302|Misérables, Les (1995)|||u|{FLAGS(1, 8)}\n"
+        f"242|Kolya, \"the\" film (1996)|24-Jan-1997||http://x/a?b|{FLAGS(5)}\n"
+        f"302|Misérables, Les (1995)|||u|{FLAGS(1, 8)}\n"
         f"9|unknown||||{FLAGS(0)}\n"
     ).encode("latin-1"),
     "u.user": "196|49|M|writer|55105\n186|39|F|executive|00000\n",

@@ -169,7 +169,7 @@ def _mutate(data: bytes, mutations: list[tuple[float, str, bytes]]) -> bytes:
 
 
 FUZZ = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -6,7 +6,10 @@ import pytest
 
 from llmrec.errors import DataError
 
-INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t242\t3\t881250949\n186\t302\t3.5\t8.91717742e+08\n"
+INTER = (
+    "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    "196\t242\t3\t881250949\n186\t302\t3.5\t8.91717742e+08\n"
+)
 ITEM = 'item_id:token\tmovie_title:token_seq\tclass:token_seq\n242\t"Kolya" film\tComedy Children\'s\n302\tL.A.\t\n'
 USER = "user_id:token\tage:token\n196\t49\n"
 
