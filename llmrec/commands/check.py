@@ -110,18 +110,22 @@ def _local_model(name: str) -> Path | None:
 
 
 def _prompt(recipe: Recipe) -> str | None:
-    """One rendered prompt, with made-up titles."""
+    """One rendered prompt, with made-up titles; vectors are shown in brackets."""
     if recipe.prompt is None or recipe.prompt.template is None:
         return None
-    from llmrec.data.prompts import PromptTemplate
+    from llmrec.data.prompts import PromptTemplate, SlotRef, render_next_item
 
-    template = PromptTemplate.load(recipe.prompt.template)
-    count = recipe.prompt.candidates
-    values: dict[str, Any] = {
-        "history": [f"title {n}" for n in range(1, 4)],
-        "candidates": [f"title {n}" for n in range(4, 4 + count)] if count else [],
-        "user": None,
-    }
-    return template.render(
-        template.variants[0], **{name: values[name] for name in template.variables if name in values}
+    prompt = recipe.prompt
+    template = PromptTemplate.load(str(prompt.template))
+    wanted = {"history": "history", "candidates": "candidate", "user": "user"}
+    shown = {wanted[name] for name in prompt.slots} if prompt.style == "hybrid" else set()
+    segments = render_next_item(
+        template,
+        template.variants[0],
+        [(n, f"title {n}") for n in range(1, 4)],
+        [(n, f"title {n}") for n in range(4, 4 + (prompt.candidates or 0))],
+        user_slot="user" in shown,
     )
+    texts = [f"[{part.kind} vector]" if isinstance(part, SlotRef) else part for part in segments
+             if not isinstance(part, SlotRef) or part.kind in shown]  # fmt: skip
+    return "".join(texts)

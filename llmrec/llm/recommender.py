@@ -149,6 +149,8 @@ class LLMRecommender(nn.Module, ABC):
         if "user" in getattr(getattr(renderer, "options", None), "slot_kinds", ()):
             options["user_slot"] = True
         chosen = RecommenderOptions(**options)
+        if item_table is None and encoder is None and chosen.style == "text" and renderer is not None:
+            item_table = torch.zeros(len(renderer.titles), 0)  # prompts of titles alone hold no item vectors
         if item_table is None:
             if encoder is None:
                 raise RecipeError("found neither an encoder nor an item table; expected item vectors for the slots")
