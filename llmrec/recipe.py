@@ -90,11 +90,11 @@ class LLMSpec(_Strict):
 
 
 class GateSpec(_Strict):
-    """Where the expert weights of an instance-wise tuner come from."""
+    """Where the expert weights of an instance-wise tuner come from: the frozen encoder, read for every batch."""
 
     provider: Literal["encoder"] = "encoder"
     freeze: bool = True
-    precompute: bool = True
+    precompute: bool = False
 
 
 class PromptSpec(_Strict):
@@ -281,8 +281,23 @@ class Recipe(_Strict):
                 f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; "
                 "install it with: pip install 'llmrec[quant]'"
             )
+        self._refuse_idle_sections(prefix)
         if not self.stages and self.encoder is None and self.head is None:
             raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
+
+    def _refuse_idle_sections(self, prefix: str) -> None:
+        """Sections this release validates but does not act on yet must not be ignored in silence."""
+        idle = [name for name in ("transforms", "item_tokenizer", "head", "summarizer") if getattr(self, name)]
+        if idle:
+            raise RecipeError(
+                f"{prefix}this release does not run {', '.join(idle)} from a recipe yet; remove the section"
+            )
+        if not self.gate.freeze or self.gate.precompute:
+            raise RecipeError(
+                f"{prefix}gate: the encoder is frozen and read in the loop; expected freeze: true, precompute: false"
+            )
+        if self.report.push_to is not None:
+            raise RecipeError(f"{prefix}report.push_to: this release does not publish yet; remove it")
 
     def check_dataset(self, fields: frozenset[str]) -> None:
         """Check that a prepared data set carries what the parts need.

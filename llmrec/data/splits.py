@@ -10,7 +10,7 @@
 
 Earlier events of the test and validation users of user_80_10_10 are `history`: inputs, never a target.
 
-`gap_N` is the protocol of CaseQ (its card, section 7): both tests of a user see the same parameters, and the lapse
+`gap_N` is the protocol of CaseQ: both tests of a user see the same parameters, and the lapse
 test sees the N events in between as inputs (they are `history`: never a target).
 """
 

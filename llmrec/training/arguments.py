@@ -36,7 +36,7 @@ OURS = {
     "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
     "save_only_model": "a checkpoint must be resumable",
     "ignore_data_skip": "a resumed run sees the examples the first one would have seen",
-    "push_to_hub": "use `llmrec push` or report.push_to",
+    "push_to_hub": "publishing is not part of training; upload the run folder when it is done",
     "torch_compile": "it is not supported by the stage trainer",
 }
 """Argument names a stage may not set, and who decides instead."""

@@ -306,7 +306,12 @@ def _validation(run: Run, part: Any, stage: StageSpec) -> Callable[[], dict[str,
         return None
     dataset = _some_users(run.dataset, stage.eval_users, run.seed_of("validation"))
     spec = run.recipe.evaluate
-    protocol = _protocol(spec, run.recipe.dataset.max_history, split="valid", mode="score", seeds=spec.seeds[:1])
+    cut = stage.metric.rpartition("@")[2]
+    ks = sorted({*spec.ks, int(cut)}) if cut.isdigit() else spec.ks
+    seeds = spec.seeds[:1]
+    if stage.train == "encoder":
+        spec = spec.model_copy(update={"protocol": "full"})  # an encoder can always be asked the harder question
+    protocol = _protocol(spec, run.recipe.dataset.max_history, split="valid", mode="score", seeds=seeds, ks=ks)
 
     def evaluate() -> dict[str, float]:
         result = Evaluator(protocol, spec.batch_size, run.device, progress=False).run(part, dataset)

@@ -50,7 +50,7 @@ class TestPrepare:
         status, out, _ = run(capsys, "prepare", write_csv(tmp_path), "--out", tmp_path / "d")
         assert status == 0
         for text in ("user_id", "columns recognised", "split train", "rows read", "later than the earliest test event"):
-            assert text in out
+            assert text in " ".join(out.split())
 
     def test_flags_reach_the_data_set(self, tmp_path, capsys):
         words = ["--positive", "rating >= 2", "--repeats", "last", "--min-user", "2", "--min-item", "2"]
