@@ -267,7 +267,20 @@ def load_system(
         from llmrec.data.item_text import title_texts
 
         titles = title_texts(dataset)
-    return LLMRecommender.from_pretrained(run.model, encoder=encoder, titles=titles), system_name(recipe), encoder
+    base, tokenizer = load_base_model(recipe)
+    loaded = LLMRecommender.from_pretrained(run.model, base, encoder, tokenizer=tokenizer, titles=titles)
+    return loaded, system_name(recipe), encoder
+
+
+def load_base_model(recipe: Recipe) -> tuple[Any, Any]:
+    """The recipe's language model and tokenizer, with the same type of weights in training and afterwards."""
+    from llmrec.llm.loading import load_language_model
+
+    llm = recipe.llm
+    assert llm is not None
+    return load_language_model(
+        llm.model, dtype=llm.dtype, quantize=llm.quantize, revision=llm.revision, num_layers=llm.num_layers
+    )
 
 
 def load_encoder(folder: Path, recipe: Recipe) -> Any:

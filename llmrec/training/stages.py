@@ -22,7 +22,7 @@ from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
-from llmrec.recommender import load_encoder, load_run_recipe, part_name, system_name
+from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
 from llmrec.run_dir import RunDir, write_json, write_text
 from llmrec.training.trainer import StageResult, train_stage
 
@@ -116,6 +116,8 @@ def _claim(folder: RunDir, recipe: Recipe, resume: str, force: bool) -> None:
                 f"{folder.root} holds a run of another recipe ({', '.join(different)} differ); "
                 "give another --out, or --resume never to train anew"
             )
+        if (folder.root / "dataset" / "meta.json").is_file() and {"dataset", "seed"} & set(different):
+            raise RecipeError(f"{folder.root} holds data prepared by another recipe; give another --out")
     elif folder.root.is_dir() and any(folder.root.iterdir()):
         names = sorted(path.name for path in folder.root.iterdir())[:5]
         if not set(names) <= {"dataset", "dataset.json"}:
@@ -212,15 +214,11 @@ def _pretrained_encoder(run: Run, source: Path) -> Any:
 
 def _make_model(run: Run) -> None:
     """Base LLM, adapter and projector, fresh."""
-    from llmrec.llm.loading import load_language_model
     from llmrec.llm.recommender import LLMRecommender
 
-    recipe = run.recipe
-    assert recipe.llm is not None and recipe.prompt is not None
-    llm, prompt = recipe.llm, recipe.prompt
-    model, tokenizer = load_language_model(
-        llm.model, dtype=llm.dtype, quantize=llm.quantize, revision=llm.revision, num_layers=llm.num_layers
-    )
+    recipe, prompt = run.recipe, run.recipe.prompt
+    assert prompt is not None
+    model, tokenizer = load_base_model(recipe)
     torch.manual_seed(run.seed_of("tuner"))
     if recipe.tuner is not None:
         tuner: Any = discovery.resolve("tuner", recipe.tuner.type)

@@ -1,0 +1,71 @@
+"""`llmrec evaluate` measures again without touching what the recipe measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.cli import main
+from tests.runs import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    train("sasrec", out)
+    return out
+
+
+def measure(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> dict[str, Any]:
+    assert main(["evaluate", str(run), *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_candidates_go_to_a_folder_of_their_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "metrics.json").read_bytes()
+    full = run / "evaluations" / json.loads(before)["evaluation"] / "metrics.json"
+    stored = full.read_bytes()
+    record = measure(capsys, run, "--protocol", "candidates-20")
+    assert (run / "metrics.json").read_bytes() == before and full.read_bytes() == stored
+    folder = run / "evaluations" / record["evaluation"]
+    assert folder != full.parent
+    assert json.loads((folder / "metrics.json").read_text())["models"] == record["models"]
+    assert {path.stem for path in folder.glob("predictions/*.parquet")} == set(record["models"])
+    assert record["fingerprint"] != json.loads(before)["fingerprint"]
+
+
+def test_the_same_protocol_gives_the_same_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = json.loads((run / "metrics.json").read_text())
+    record = measure(capsys, run)
+    assert record["models"] == stored["models"] and record["fingerprint"] == stored["fingerprint"]
+
+
+def test_another_split_seeds_and_baselines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = measure(
+        capsys, run, "--split", "valid", "--protocol", "candidates-10", "--seeds", "1,2", "--baselines", "popularity"
+    )
+    assert record["protocol_fields"]["split"] == "valid" and record["protocol_fields"]["seeds"] == [1, 2]
+    assert set(record["models"]) == {"popularity", "sasrec"}
+
+
+def test_fewer_users_have_another_fingerprint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = measure(capsys, run, "--max-users", "7", "--split", "valid")
+    assert record["users"] <= 7
+    assert record["fingerprint"] != measure(capsys, run, "--split", "valid")["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--protocol", "sampled"], "sampled"), (["--baselines", "sasrec"], "has to be trained"),
+                           (["--baselines", "encoder"], "beside an LLM")]
+)  # fmt: skip
+def test_what_cannot_be_measured(run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
