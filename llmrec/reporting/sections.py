@@ -66,9 +66,12 @@ def read_sections(runs: Mapping[str, Path]) -> list[Section]:
         DataError: A table cannot be read, or no run has been evaluated.
     """
     sections: dict[str, Section] = {}
+    systems = [{path.stem for path in folder.glob("evaluations/*/predictions/*.parquet")} for folder in runs.values()]
+    # A run's name stands before a system only where two runs measured a system of that name.
+    shared = {name for names in systems for name in names if sum(name in others for others in systems) > 1}
     for run, folder in runs.items():
         for evaluation in sorted((folder / "evaluations").glob("*")):
-            _add_evaluation(sections, run, evaluation, several=len(runs) > 1)
+            _add_evaluation(sections, run, evaluation, shared)
     if not sections:
         raise DataError(
             "there is nothing to report",
@@ -79,7 +82,7 @@ def read_sections(runs: Mapping[str, Path]) -> list[Section]:
     return sorted(sections.values(), key=lambda section: (section.sampled, section.label))
 
 
-def _add_evaluation(sections: dict[str, Section], run: str, folder: Path, *, several: bool) -> None:
+def _add_evaluation(sections: dict[str, Section], run: str, folder: Path, shared: set[str]) -> None:
     recorded = read_json(folder / "metrics.json")
     section = None
     for path in sorted((folder / "predictions").glob("*.parquet")):
@@ -88,7 +91,7 @@ def _add_evaluation(sections: dict[str, Section], run: str, folder: Path, *, sev
             result.fingerprint,
             Section(result.fingerprint, result.protocol.label(), result.protocol.num_candidates is not None),
         )
-        name = f"{run} / {result.name}" if several else result.name
+        name = f"{run} / {result.name}" if result.name in shared else result.name
         if name in section.systems:  # two folders of one run can hold the same question
             name = f"{name} ({folder.name})"
         section.systems[name] = Measured(name, result, _metrics(result, recorded, section, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,11 @@ def text_sample(path: Path, encoding: str = "utf-8") -> tuple[str, bool]:
                 remedy="unpack it, or mend its name",
             )
     return head.decode(encoding, errors="replace").removeprefix("\ufeff"), whole
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines with their ends, cut where files have lines (str.splitlines would cut at U+2028 and others as well)."""
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
 
 
 @dataclass(frozen=True)

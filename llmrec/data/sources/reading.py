@@ -22,7 +22,7 @@ import numpy as np
 from ibis.util import gen_name
 
 from llmrec.data.sources.columns import INTERACTION_ROLES, ITEM_ROLES, USER_ROLES, check_duplicates, plain
-from llmrec.data.sources.lines import TextLines, is_gzip, text_sample, write_unix_lines
+from llmrec.data.sources.lines import TextLines, is_gzip, split_lines, text_sample, write_unix_lines
 from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -237,7 +237,8 @@ def read_jsonl(connection: Any, path: Path, *, keep: Collection[str] = (), shown
 
 def _json_keys(path: Path) -> tuple[str, ...]:
     text, whole = text_sample(path)
-    lines = text.splitlines() if whole else text.splitlines()[:-1] or [text]
+    lines = split_lines(text)
+    lines = lines if whole else lines[:-1] or lines
     if text.lstrip().startswith("["):
         raise DataError(
             "the file is one JSON array",
@@ -325,12 +326,12 @@ def sniff_layout(path: Path) -> Layout:
 def _split_header(text: str, separator: str) -> tuple[tuple[str, ...], int]:
     """Names in the first record, and the physical lines it takes."""
     if len(separator) > 1:
-        return tuple(name.strip() for name in text.splitlines()[0].split(separator)), 1
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=separator)
+        return tuple(name.strip() for name in split_lines(text)[0].rstrip("\r\n").split(separator)), 1
+    rows = csv.reader(split_lines(text), delimiter=separator)
     try:
         names = next(rows)
     except csv.Error:
-        return (text.splitlines()[0],), 1
+        return (split_lines(text)[0].rstrip("\r\n"),), 1
     return tuple(name.strip() for name in names), rows.line_num
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from llmrec.data.sources.assembly import assemble
 from llmrec.data.sources.base import RawTables, ReadOptions, Source
 from llmrec.data.sources.columns import check_duplicates
-from llmrec.data.sources.lines import text_sample
+from llmrec.data.sources.lines import split_lines, text_sample
 from llmrec.data.sources.reading import Layout, RawFile, read_delimited, read_file
 from llmrec.errors import DataError
 
@@ -62,7 +62,7 @@ def read_atomic(connection: Any, path: Path) -> RawFile:
             "no such file", file=path, expected="an atomic file (.inter, .item, .user)", remedy="check the path"
         )
     text, _ = text_sample(path)
-    header = text.splitlines()[0]
+    header = split_lines(text)[0].rstrip("\r\n")
     fields = [field.strip().partition(":") for field in header.split("\t")]
     if not all(name and kind in TYPES for name, _, kind in fields):
         raise DataError(

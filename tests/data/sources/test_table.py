@@ -75,6 +75,12 @@ class TestUnderstood:
             assert reader.rows(raw.interactions, *TIMES) == [(str(2**64 + 1), "é", 5), ("-1", "3", 6)]
             assert reader.rows(raw.interactions, "rating") == [(4.0,), (None,)]
 
+    def test_unicode_line_separators_end_no_line(self, reader):
+        raw = reader.read_text('{"user":"a\u2028b","item":1}\n{"user":"c\u0085","item":2}\n', name="events.jsonl")
+        assert reader.rows(raw.interactions, "user_key") == [("a\u2028b",), ("c\u0085",)]
+        raw = reader.read_text("user_id,item_id,a\u2028b\nx,1,2\n,2,3\n", on_bad_rows="quarantine")
+        assert raw.rejected.column("line").to_pylist() == [3]
+
     def test_parquet_keeps_types_and_wholes(self, reader):
         path = reader.folder / "events.parquet"
         table = {
