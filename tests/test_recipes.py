@@ -42,7 +42,7 @@ def test_a_recipe_says_how_it_is_run(name: str) -> None:
     assert len(lines) == 1, f"{name}: one '# run: llmrec ...' line in the header, found {lines}"
     verb, *words = shlex.split(lines[0])
     args = build_verb_parser(verb, import_verb(verb)).parse_args(words)
-    assert find_asset("recipes", args.recipe) == path
+    assert find_asset("recipes", args.recipe).samefile(path)
 
 
 def test_names_of_recipes_are_distinct() -> None:

@@ -34,7 +34,7 @@ def test_the_record_on_standard_output(run: Path, capsys: pytest.CaptureFixture[
         assert 0.0 <= value["low"] <= value["mean"] <= value["high"] <= 1.0
 
 
-def test_another_recipe_is_refused_and_never_trains_anew(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_recipe_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = "encoder.dropout=0.2"
     assert main(words("sasrec", run, other)) == 2
     assert "encoder differ" in capsys.readouterr().err

@@ -121,11 +121,10 @@ def test_prompts_in_words_train_evaluate_and_load_again(
 
 def test_generated_answers_do_not_stand_beside_scores(tmp_path: Path) -> None:
     """Counting baselines write no text: their scores are kept under a protocol of their own."""
-    record = run_recipe(prompted_recipe("hybrid", mode="generate"), tmp_path / "run", say=lambda line: None)
+    out = tmp_path / "run"
+    record = run_recipe(prompted_recipe("hybrid", mode="generate"), out, say=lambda line: None)
     assert set(record["models"]) == {"ilora"}
-    stored = {
-        path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("evaluations/*/*.json")
-    }
+    stored = {path.parent.name: json.loads(path.read_text()) for path in out.glob("evaluations/*/metrics.json")}
     others = [slug for slug in stored if slug != record["evaluation"]]
     assert [set(stored[slug]["models"]) for slug in others] == [{"popularity", "sasrec"}]
 
