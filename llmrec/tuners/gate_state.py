@@ -14,7 +14,7 @@ forward, so two forwards before one backward, or a forward without gradients in 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,11 +87,25 @@ class GateState:
     def __init__(self) -> None:
         self._local = threading.local()
         self.last: dict[str, Gates] = {}
-        # Filled by layers on first use; the next forward then expands for all of them at once.
-        self._seen: set[tuple[str, RankKey]] = set()
+        # What layers ask for, in a fixed order: each forward expands it once for all of them.
+        self._seen: dict[tuple[str, RankKey], None] = {}
 
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
         return GateState, ()
+
+    def foresee(self, modules: Iterable[nn.Module], adapters: Iterable[str]) -> None:
+        """Note what the layers of new adapters will ask for, so that the first forward expands like all later ones.
+
+        Expanding layer by layer sums the router's gradient in another order. A resumed run, whose first forward is a
+        later step, would then differ from an uninterrupted one in the last bit.
+        """
+        new = set(adapters) - {adapter for adapter, _ in self._seen}
+        for module in modules if new else ():
+            if isinstance(module, GatedLinear) and module.gate_adapter in new:
+                device = module.weight.device
+                cast = torch.is_autocast_enabled(device.type)
+                dtype = torch.get_autocast_dtype(device.type) if cast else module.weight.dtype
+                self._seen[(module.gate_adapter, (module.out_features, dtype, device))] = None
 
     @contextmanager
     def opened(self, gates: dict[str, Gates]) -> Iterator[None]:
@@ -150,7 +164,7 @@ class GateState:
             return z * gates.for_inference(key, repeats)
         full = gates.expanded.get(key)
         if full is None:
-            self._seen.add((adapter, key))
+            self._seen[(adapter, key)] = None
             full = gates.in_rank_space(key)
         return z * _repeat_rows(full, repeats)
 

@@ -210,6 +210,8 @@ class ILoraModel(LoraModel):
             adopt_checkpointing(self._checkpointable, self.gate_state)
         factor = expansion_factor(kwargs, getattr(self.model, "generation_config", None))
         opened = {name: Gates(self.compute_gates(name, user_repr, gates), factor) for name in self.active_adapters}
+        if torch.is_grad_enabled():
+            self.gate_state.foresee(self.model.modules(), opened)
         with self.gate_state.opened(opened), super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -194,6 +195,21 @@ def test_parts_have_seeds_of_their_own(ilora: tuple[Path, dict[str, Any]]) -> No
     run = open_run(ilora[0])
     seeds = [run.seed_of(part) for part in ("encoder", "tuner", "stage-1", "stage-2")]
     assert len(set(seeds)) == 4 and seeds == [run.seed_of(part) for part in ("encoder", "tuner", "stage-1", "stage-2")]
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The first step after a resume rounds like the same step of an uninterrupted run."""
+    more = ("stages.1.num_train_epochs=2", "stages.1.save_total_limit=9")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train("ilora", whole, *more)
+    shutil.copytree(whole, cut)
+    stage = cut / "stages" / "2-tuner"
+    (stage / "done.json").unlink()
+    steps = sorted(stage.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for folder in (stage / "checkpoints" / "final", *steps[1:]):
+        shutil.rmtree(folder)
+    train("ilora", cut, *more)
+    assert len(steps) == 2 and weights(cut) == weights(whole)
 
 
 @pytest.mark.slow
