@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmrec.llm.backbone import Backbone
 from llmrec.llm.scoring import answer_log_probs, prefill, token_log_probs
+from tests.benchmarks.timing import best_seconds
 
 USERS, CANDIDATES, PROMPT, ANSWER = 2, 20, 200, 6
 MINIMUM = {"each prompt + title / shared prompt": 4.0}
@@ -53,18 +51,9 @@ def run() -> dict[str, float]:
     torch.testing.assert_close(
         shared(backbone, prompts, answers), naive(backbone, prompts, answers), rtol=1e-4, atol=1e-3
     )
-    slow = _seconds(lambda: naive(backbone, prompts, answers))
-    fast = _seconds(lambda: shared(backbone, prompts, answers))
+    slow = best_seconds(lambda: naive(backbone, prompts, answers))
+    fast = best_seconds(lambda: shared(backbone, prompts, answers))
     return {"each prompt + title / shared prompt": slow / fast}
-
-
-def _seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmrec.llm.backbone import Backbone
+from tests.benchmarks.timing import best_seconds
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 256, 192, 49_152
 MINIMUM = {"logits everywhere / at labels": 4.0}
@@ -32,18 +30,8 @@ def run() -> dict[str, float]:
         return F.cross_entropy(backbone.logits(hidden[wanted]), labels[wanted])
 
     torch.testing.assert_close(everywhere(), at_labels())
-    slow, fast = _seconds(lambda: everywhere().backward()), _seconds(lambda: at_labels().backward())
+    slow, fast = best_seconds(lambda: everywhere().backward()), best_seconds(lambda: at_labels().backward())
     return {"logits everywhere / at labels": slow / fast}
-
-
-def _seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 if __name__ == "__main__":

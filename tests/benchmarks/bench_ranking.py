@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from llmrec.evaluation.ranking import rank_by_count
+from tests.benchmarks.timing import best_seconds
 
 BATCH, ITEMS = 64, 50_000
 MINIMUM = {"rank by sort / rank by count": 5.0}
@@ -28,19 +26,9 @@ def run() -> dict[str, float]:
     scores = torch.rand(BATCH, ITEMS + 1, generator=generator, dtype=torch.float64).float()
     targets = torch.randint(1, ITEMS + 1, (BATCH,), generator=generator)
     exclude = torch.randint(1, ITEMS + 1, (BATCH, 100), generator=generator)
-    by_sort = _seconds(lambda: rank_by_sort(scores, targets, exclude))
-    by_count = _seconds(lambda: rank_by_count(scores, targets, exclude))
+    by_sort = best_seconds(lambda: rank_by_sort(scores, targets, exclude))
+    by_count = best_seconds(lambda: rank_by_count(scores, targets, exclude))
     return {"rank by sort / rank by count": by_sort / by_count}
-
-
-def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 if __name__ == "__main__":
