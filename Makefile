@@ -7,7 +7,7 @@ EXTRAS ?= gguf,report,test,text,vision
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.llmrec-installed
 
-.PHONY: help install quickstart quickstart-smoke test test-all lint bench
+.PHONY: help install quickstart quickstart-smoke test test-all lint bench bench-gpu
 
 help:
 	@echo "make install           the environment in $(VENV)"
@@ -15,6 +15,7 @@ help:
 	@echo "make quickstart-smoke  the same in seconds on drawn data, without a download"
 	@echo "make test              fast tests    make test-all   all that need no accelerator"
 	@echo "make lint              ruff and mypy make bench      speed and memory ratios"
+	@echo "make bench-gpu         tokens per second, MFU and memory of tuners on one GPU"
 
 install: $(STAMP)
 
@@ -46,3 +47,6 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m tests.benchmarks.run
+
+bench-gpu: $(STAMP)
+	$(RUN) -m tests.benchmarks.bench_gpu

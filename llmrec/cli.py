@@ -6,6 +6,8 @@ was called with (`args.argv`).
 
 Exit status: 0 done; 1 a check failed; 2 wrong usage, configuration or input; 70 a fault of llmrec itself;
 130 interrupted.
+
+What a verb prints, tracebacks of libraries included, is freed of secrets (`llmrec.redaction`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from types import ModuleType
 
 from llmrec import __version__
 from llmrec.errors import LlmrecError
+from llmrec.redaction import redacted_output
 
 VERBS: tuple[tuple[str, str], ...] = (
     ("quickstart", "a first run from data to report, in one command"),
@@ -35,7 +38,9 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("evaluate", "measure a run on a split"),
     ("compare", "compare two runs with a paired test"),
     ("recommend", "rank items for a history or for a table of users"),
+    ("export", "save a trained language model with its adapter merged"),
     ("report", "write runs as one HTML page"),
+    ("push", "publish a run on the Hub, with a model card"),
     ("list", "list what recipes can name"),
     ("explain", "show options, paper and files of one name"),
 )
@@ -52,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with redacted_output():
+        return _answer(words)
+
+
+def _answer(words: list[str]) -> int:
     # A default, so that a user's own choice stays: no library we start reports usage to anybody.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not words or words[0].startswith("-"):

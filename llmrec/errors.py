@@ -6,21 +6,27 @@ LlmrecError               exit status 2: wrong usage, configuration or input
 ├── DataError             a table, file or row is not what was expected
 ├── CheckpointError       a checkpoint or model folder cannot be trusted
 ├── DependencyError       an optional library is missing
+├── HubError              the Hub cannot be reached, or refuses
 └── CheckFailed           exit status 1: the command ran and a check did not hold
 ```
 
-Every message says what was found, what was expected and how to mend it.
+Every message says what was found, what was expected and how to mend it. Secrets are taken out of messages.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from llmrec.redaction import redact
+
 
 class LlmrecError(Exception):
     """Base of all errors a user can mend; the command line prints it without a traceback."""
 
     exit_status = 2
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class RecipeError(LlmrecError):
@@ -78,11 +84,17 @@ class DependencyError(LlmrecError):
         library: Import name of the library.
         extra: The extra of llmrec that installs it.
         purpose: What it is needed for.
+        also: What is needed beside the library.
     """
 
-    def __init__(self, library: str, *, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the library {library!r}; install it with: pip install 'llmrec[{extra}]'")
+    def __init__(self, library: str, *, extra: str, purpose: str, also: str | None = None) -> None:
+        text = f"{purpose} needs the library {library!r}; install it with: pip install 'llmrec[{extra}]'"
+        super().__init__(f"{text}; {also}" if also else text)
         self.library, self.extra = library, extra
+
+
+class HubError(LlmrecError):
+    """The Hub cannot be reached, refuses, or has no such repository; nothing was changed there unless it says so."""
 
 
 class CheckFailed(LlmrecError):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llmrec import discovery
 from llmrec.discovery import nearest
 from llmrec.errors import RecipeError
+from llmrec.redaction import secrets_in
 
 
 class _Strict(BaseModel):
@@ -106,12 +107,13 @@ class PromptSpec(_Strict):
         variants: "all" phrasings in turn, or one number.
         candidates: Candidates listed in the prompt, the target included.
         slots: Where hybrid prompts carry item vectors.
+        slot_position: hybrid only: an item's vector stands after its title (LLaRA) or before it (ours).
         chat_template: Wrap the prompt in the tokenizer's chat template.
         max_title_tokens: Titles are cut to this many tokens.
         max_length: Longest prompt in tokens; the oldest history items go first.
         curriculum: Hybrid prompts appear with a probability that grows from 0 to 1 over training (LLaRA).
         projector: Shape of the map from item vectors to token slots.
-        slot_content: item_slots only: the item-table row, the encoder's state, or both.
+        slot_content: The item-table row; item_slots: the encoder's state or both; hybrid: row and encoder's score.
         residual: item_slots only: add the encoder's own state before scoring.
         instruction, similarity, item_bias, learn_scale: item_slots only, see `llmrec.llm.recommender`.
     """
@@ -121,12 +123,13 @@ class PromptSpec(_Strict):
     variants: Literal["all"] | int = "all"
     candidates: int | None = Field(default=None, ge=2)
     slots: list[Literal["history", "candidates", "user"]] = ["history", "candidates"]
+    slot_position: Literal["after", "before"] = "after"
     chat_template: bool = False
     max_title_tokens: int | None = None
     max_length: int | None = None
     curriculum: bool = False
     projector: Literal["linear", "mlp"] = "mlp"
-    slot_content: Literal["item", "state", "both"] = "item"
+    slot_content: Literal["item", "state", "both", "score"] = "item"
     residual: bool = False
     instruction: str = ""
     similarity: Literal["dot", "cosine"] | None = None
@@ -201,10 +204,15 @@ class EvaluateSpec(_Strict):
 
 
 class ReportSpec(_Strict):
-    """What is written and sent at the end."""
+    """What is written and sent at the end.
+
+    Args:
+        title: Headline of the report.
+        push_to: Repository of the Hub, OWNER/NAME, that gets the evaluated run; made private where it does not exist.
+    """
 
     title: str | None = None
-    push_to: str | None = None
+    push_to: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 class Recipe(_Strict):
@@ -234,8 +242,14 @@ class Recipe(_Strict):
         return value
 
     def dump(self) -> str:
-        """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe as YAML.
+
+        Raises:
+            RecipeError: It holds a secret; a recipe is stored in every run.
+        """
+        record = self.model_dump(mode="json")
+        _refuse_secrets(record, "recipe", {})
+        return yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
 
     def resolve(self, where: str = "") -> None:
         """Check every `type`, its options and the combination, before any model is loaded.
@@ -296,8 +310,6 @@ class Recipe(_Strict):
             raise RecipeError(
                 f"{prefix}gate: the encoder is frozen and read in the loop; expected freeze: true, precompute: false"
             )
-        if self.report.push_to is not None:
-            raise RecipeError(f"{prefix}report.push_to: this release does not publish yet; remove it")
 
     def check_dataset(self, fields: frozenset[str]) -> None:
         """Check that a prepared data set carries what the parts need.
@@ -407,12 +419,25 @@ def parse_recipe(
     """Validate a recipe given as plain values.
 
     Raises:
-        RecipeError: See `load_recipe`.
+        RecipeError: See `load_recipe`; also a value that is a secret.
     """
+    _refuse_secrets(raw, where, lines or {})
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(item, where, lines or {}) for item in error.errors())) from error
+
+
+def _refuse_secrets(raw: Any, where: str, lines: dict[tuple[Any, ...], int | str]) -> None:
+    for place, kind in secrets_in(raw):
+        known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), None)
+        line = None if known is None else lines[known]
+        named = ".".join(map(str, place))
+        source = "--set" if isinstance(line, str) else f"{where}:{line}" if line else where
+        raise RecipeError(
+            f"{source}: {named or 'a key'} holds a secret ({kind}); recipes are stored in runs and published. "
+            "Remove it: tokens of the Hub come from HF_TOKEN or `hf auth login`, others from the environment"
+        )
 
 
 def _key_lines(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int | str]:

@@ -4,7 +4,8 @@
     for item in recommender.recommend([["50", "172"]], k=5)[0]:
         print(item.title, item.score, item.reasons)
 
-It accepts every kind of run: counting baselines, sequence encoders and LLM recommenders.
+It accepts every kind of run: counting baselines, sequence encoders and LLM recommenders; a folder, or the id of a run
+on the Hub (`llmrec push`). A published run holds its items and no interactions; given the data set, it can do the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.errors import CheckpointError, DataError
 from llmrec.run_dir import RunDir
+from llmrec.run_loading import check_dataset, find_run, load_dataset, refuse_code
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,13 +36,17 @@ class Reason:
         item: Original id of the history item.
         title: Its title.
         similarity: Cosine between the two item vectors of the system's item table.
-        shared_users: Users with both items in the training data.
+        shared_users: Users with both items in the training data; None where the data are not at hand.
     """
 
     item: str
     title: str
     similarity: float
-    shared_users: int
+    shared_users: int | None
+
+    def __str__(self) -> str:
+        shared = "" if self.shared_users is None else f", {self.shared_users} users share both"
+        return f"{self.title} (similarity {self.similarity:.2f}{shared})"
 
 
 @dataclass(frozen=True)
@@ -78,26 +84,40 @@ class Recommender:
         self._vectors = item_vectors
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, system: System = "auto") -> Recommender:
-        """Load a run folder.
+    def from_pretrained(
+        cls,
+        run: str | Path,
+        *,
+        system: System = "auto",
+        revision: str | None = None,
+        base_model: str | None = None,
+        dataset: str | Path | None = None,
+    ) -> Recommender:
+        """Load a run.
 
         Args:
-            folder: A run written by `llmrec train` or `llmrec quickstart`.
+            run: A folder written by `llmrec train` or `llmrec quickstart`, or the Hub id of a published run.
             system: "model" (LLM or head), "encoder", or "auto": the model where there is one.
+            revision: Branch, tag or commit of the Hub.
+            base_model: Where the language model is, if not where the recipe says; it must be the same one.
+            dataset: Folder of the data set, for a published run; it must be the one the run was trained on.
 
         Raises:
             CheckpointError: The folder is no finished run, or its parts do not belong together.
+            HubError: No such repository or revision, or the Hub cannot be reached.
         """
-        run = RunDir(Path(folder))
-        recipe = load_run_recipe(run)
-        from llmrec.data.dataset import InteractionDataset
-
-        dataset = InteractionDataset.load(run.dataset)
-        loaded, name, encoder = load_system(run, recipe, dataset, system)
+        found = RunDir(find_run(run, revision))
+        recipe = load_run_recipe(found)
+        if not Path(run).is_dir():
+            refuse_code(recipe, str(run))
+        if base_model is not None and recipe.llm is not None:
+            recipe.llm.model, recipe.llm.revision = base_model, None
+        data = load_dataset(found, dataset)
+        loaded, name, encoder = load_system(found, recipe, data, system)
         vectors = None
         if encoder is not None and getattr(encoder, "trainable", False):
             vectors = encoder.item_vectors().detach().float().cpu().numpy()
-        return cls(loaded, dataset, max_history=recipe.dataset.max_history, name=name, item_vectors=vectors)
+        return cls(loaded, data, max_history=recipe.dataset.max_history, name=name, item_vectors=vectors)
 
     def recommend(
         self,
@@ -140,6 +160,76 @@ class Recommender:
             if not items:
                 answers[number] = self.popular(k)
         return answers
+
+    def rank(
+        self,
+        histories: Sequence[Sequence[str]],
+        candidates: Sequence[Sequence[str]],
+        *,
+        on_unknown: Literal["error", "skip"] = "error",
+        reasons: int = 0,
+        batch_size: int = 64,
+    ) -> list[list[Recommendation]]:
+        """Given items, ranked for each history; items of the history are ranked like any other.
+
+        Args:
+            histories: Original item ids, oldest first.
+            candidates: For each history the original ids of the items to rank.
+            on_unknown: What an id of a history outside the catalogue means; one of the candidates is always an error.
+            reasons: Nearest history items to name per item.
+            batch_size: Histories per forward.
+
+        Returns:
+            One list per history with all its candidates, best first.
+
+        Raises:
+            DataError: An empty history or list, or an unknown id.
+        """
+        if len(histories) != len(candidates):
+            raise DataError(
+                "each history needs its own list of candidates",
+                found=f"{len(candidates)} lists",
+                expected=f"{len(histories)}",
+            )
+        encoded = [self._encode(number, history, on_unknown) for number, history in enumerate(histories)]
+        self._check_empty(encoded, "error")
+        pools = [self._pool(number, pool) for number, pool in enumerate(candidates)]
+        answers: list[list[Recommendation]] = [[] for _ in encoded]
+        # Prompts list their candidates, so a batch holds lists of one length and none is padded.
+        for length in sorted({len(pool) for pool in pools}):
+            like = [number for number, pool in enumerate(pools) if len(pool) == length]
+            for start in range(0, len(like), batch_size):
+                numbers = like[start : start + batch_size]
+                ranked = self._rank_pools([encoded[n] for n in numbers], [pools[n] for n in numbers])
+                for number, row in zip(numbers, ranked, strict=True):
+                    answers[number] = [self._describe(item, score, encoded[number], reasons) for item, score in row]
+        return answers
+
+    def _pool(self, number: int, candidates: Sequence[str]) -> list[int]:
+        ids = self.dataset.item_ids_of([str(item) for item in candidates]).tolist()
+        unknown = [str(item) for item, found in zip(candidates, ids, strict=True) if not found]
+        if unknown or not ids or len(set(ids)) < len(ids):
+            raise DataError(
+                f"the candidates of history {number} cannot be ranked",
+                found=f"unknown items: {', '.join(unknown[:5])}" if unknown else "no items, or one of them twice",
+                expected=f"different original item ids, such as {', '.join(self.dataset.item_keys[1:4])}",
+            )
+        return ids
+
+    def _rank_pools(self, histories: list[list[int]], pools: list[list[int]]) -> list[list[tuple[int, float]]]:
+        import numpy as np
+
+        from llmrec.blocks.readout import ranked_candidates
+        from llmrec.data.sequences import history_batch, pad_right
+
+        lists = [np.asarray(pool, dtype=np.int64) for pool in pools]
+        if hasattr(self.system, "collate"):
+            rows = [{**self._row(items), "candidates": pool} for items, pool in zip(histories, lists, strict=True)]
+            batch = self.system.collate(rows)
+        else:
+            batch = history_batch(histories, self.max_history)
+        batch["candidates"] = pad_right(lists)
+        return ranked_candidates(self.system, batch)
 
     def popular(self, k: int) -> list[Recommendation]:
         """The k most frequent items of the training data; the score is the count."""
@@ -216,17 +306,23 @@ class Recommender:
         vectors = self._vectors / np.maximum(np.linalg.norm(self._vectors, axis=1, keepdims=True), 1e-12)
         similarity = vectors[unique] @ vectors[item]
         nearest = np.argsort(-similarity, kind="stable")[:count]
+        shared = self._shared_users(item, [int(unique[n]) for n in nearest])
+        return tuple(
+            Reason(self.dataset.item_keys[unique[n]], self.dataset.item_titles[unique[n]], float(similarity[n]), count)
+            for n, count in zip(nearest, shared, strict=True)
+        )
+
+    def _shared_users(self, item: int, others: list[int]) -> list[int | None]:
+        """Users of the training data with `item` and each of the others; None where no events are at hand."""
+        import numpy as np
+
+        from llmrec.data.catalogue import ItemCatalogue
+
+        if isinstance(self.dataset, ItemCatalogue):
+            return [None] * len(others)
         users, items = self.dataset.context().train_edges
         with_item = np.unique(users[items == item])
-        return tuple(
-            Reason(
-                self.dataset.item_keys[unique[n]],
-                self.dataset.item_titles[unique[n]],
-                float(similarity[n]),
-                int(np.isin(np.unique(users[items == unique[n]]), with_item).sum()),
-            )
-            for n in nearest
-        )
+        return [int(np.isin(np.unique(users[items == other]), with_item).sum()) for other in others]
 
 
 def load_run_recipe(run: RunDir) -> Recipe:
@@ -250,8 +346,9 @@ def load_system(
     """The system of a run: (recommender, its name, its encoder or None).
 
     Raises:
-        CheckpointError: The asked part was not trained yet.
+        CheckpointError: The asked part was not trained yet, or the data set is another one.
     """
+    check_dataset(run, recipe, dataset)
     encoder = load_encoder(run.encoder, recipe) if (run.encoder / "config.json").is_file() else None
     wants_model = system == "model" or (system == "auto" and recipe.llm is not None and recipe.prompt is not None)
     if not wants_model:

@@ -26,6 +26,31 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.errors import DataError
+from llmrec.redaction import redact_record
+
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+PUBLISHED_FILES = (
+    "recipe.yaml",
+    "environment.json",
+    "metrics.json",
+    "evaluations/*/metrics.json",
+    "encoder/config.json",
+    "encoder/*.safetensors",
+    "encoder/*.safetensors.index.json",
+    "model/config.json",
+    "model/recommender.json",
+    "model/*.safetensors",
+    "model/*.safetensors.index.json",
+    "model/adapter/adapter_config.json",
+    "model/adapter/adapter_model.safetensors",
+    *(f"model/tokenizer/{name}" for name in _TOKENIZER),
+)
+"""Files of a run that may be published; nothing else is (no interactions, users, predictions, checkpoints, logs)."""
+PUBLISHED_MADE = ("README.md", "dataset/items.parquet", "dataset/catalogue.json")
+"""Files that are written for publishing: the card, and the items without the events."""
 
 _VERSIONS_OF = ("llmrec", "torch", "transformers", "peft", "trl", "accelerate", "ibis-framework", "duckdb", "numpy")
 
@@ -65,6 +90,11 @@ class RunDir:
     def report(self) -> Path:
         """The report page."""
         return self.root / "report.html"
+
+    @property
+    def catalogue(self) -> Path:
+        """The folder of items in a published run, which has no data set (`llmrec.data.catalogue`)."""
+        return self.root / "dataset"
 
     def stage(self, number: int, part: str) -> Path:
         """Folder of stage `number` (from 1) that trains `part`."""
@@ -122,7 +152,7 @@ class RunDir:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:2]],
             **(extra or {}),
         }
-        write_json(self.environment, record)
+        write_json(self.environment, redact_record(record, homes=True))
 
 
 def write_json(path: Path, record: Any) -> None:

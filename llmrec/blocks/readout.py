@@ -89,3 +89,15 @@ def ranked_rows(system: object, batch: object, k: int) -> list[list[tuple[int, f
     ranking = system.recommend(batch, k)  # type: ignore[attr-defined]
     rows = zip(ranking.item_ids.tolist(), ranking.scores.tolist(), ranking.valid.tolist(), strict=True)
     return [[(item, score) for item, score, good in zip(*row, strict=True) if good] for row in rows]
+
+
+@torch.inference_mode()
+def ranked_candidates(system: object, batch: object) -> list[list[tuple[int, float]]]:
+    """`batch["candidates"]` by `system.score_candidates` as plain (item id, score) lists, best first, no padding."""
+    if isinstance(system, torch.nn.Module):
+        system.eval()
+    scores = system.score_candidates(batch).float()  # type: ignore[attr-defined]
+    pool = batch["candidates"].to(scores.device)  # type: ignore[index]
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    rows = zip(pool.gather(1, order).tolist(), best.tolist(), strict=True)
+    return [[(item, score) for item, score in zip(*row, strict=True) if item] for row in rows]

@@ -1,4 +1,7 @@
-"""Check a recipe without training: every name, option and combination, one rendered prompt, parameter counts."""
+"""Check a recipe without training: names, options, combinations, one rendered prompt, parameter counts, memory.
+
+With `--launcher NAME` also the pair of recipe and launcher profile, and memory per device under that profile.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec.errors import RecipeError
 
 if TYPE_CHECKING:
+    from llmrec.commands.launch import Profile
     from llmrec.recipe import Recipe
 
 EXAMPLE = "llmrec check recipes/smoke/ilora.yaml"
@@ -18,95 +22,102 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or a name of `llmrec list recipes`")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one value")
+    parser.add_argument("--launcher", metavar="NAME", help="check for this launcher profile; nothing is started")
 
 
 def run(args: Namespace) -> int:
     """Check and describe.
 
     Raises:
-        RecipeError: Something in the recipe cannot be.
+        RecipeError: Something in the recipe cannot be, or recipe and launcher cannot work together.
+        DependencyError: The launcher needs a library that is missing.
     """
     from llmrec.assets import find_asset
-    from llmrec.commands.output import emit, tabulate
+    from llmrec.commands.launch import check_pair, machine_problems, read_profile, require_libraries
+    from llmrec.commands.output import emit, note
     from llmrec.recipe import load_recipe
 
     path = find_asset("recipes", args.recipe)
     recipe = load_recipe(path, args.set)
+    profile = None if args.launcher is None else read_profile(args.launcher)
+    if profile is not None:
+        check_pair(profile, recipe)
+        require_libraries(profile)
     recipe.resolve(str(path))
-    _check_arguments(recipe)
-    record: dict[str, Any] = {"recipe": str(path), "name": recipe.name, **_parameters(recipe)}
+    record: dict[str, Any] = {"recipe": str(path), "name": recipe.name}
+    record |= _sizes(recipe, _stage_arguments(recipe), profile)
     prompt = _prompt(recipe)
     if prompt is not None:
         record["prompt"] = prompt
-    emit(record, lambda: tabulate(["", ""], [[key, str(value)] for key, value in record.items()]), args.as_json)
+    if profile is not None:
+        record["launcher"] = {"profile": str(profile.path), "problems": machine_problems(profile)}
+        for problem in record["launcher"]["problems"]:
+            note(f"warning: not on this machine: {problem}")
+    emit(record, lambda: _tables(record), args.as_json)
     return 0
 
 
-def _check_arguments(recipe: Recipe) -> None:
+def _tables(record: dict[str, Any]) -> list[Any]:
+    from llmrec.commands.footprint import memory_rows
+    from llmrec.commands.output import tabulate
+
+    memory = record.get("memory")
+    plain = {key: value for key, value in record.items() if key != "launcher" and not isinstance(value, dict)}
+    tables = [tabulate(["", ""], [[key, str(value)] for key, value in plain.items()])]
+    if isinstance(memory, dict):
+        title = f"memory per device, stage {memory['stage']}"
+        tables.append(tabulate(["part", "size", ""], memory_rows(memory), title=title))
+    return tables
+
+
+def _stage_arguments(recipe: Recipe) -> list[Any]:
     from llmrec.training.arguments import build_arguments
 
+    found: list[Any] = []
     for number, stage in enumerate(recipe.stages, start=1):
         try:
-            build_arguments(stage, Path("unused"), recipe.seed, evaluates=True)
+            found.append(build_arguments(stage, Path("unused"), recipe.seed, evaluates=True))
         except RecipeError as error:
             raise RecipeError(f"stages.{number - 1}: {error}") from error
+    return found
 
 
-def _parameters(recipe: Recipe) -> dict[str, Any]:
-    """Parameter counts, built on the meta device: no weights are read or drawn."""
+def _sizes(recipe: Recipe, arguments: list[Any], profile: Profile | None) -> dict[str, Any]:
+    """Parameter counts and memory, from models on the meta device: no weights are read or drawn."""
+    from llmrec.commands.footprint import estimate_memory, read_base_config, read_side_parts
+
+    found: dict[str, Any] = {}
+    side = read_side_parts(recipe)
+    if side.encoder and side.items is not None:
+        found["encoder parameters"] = side.encoder
+    if recipe.llm is None:
+        return found
+    config, reason = read_base_config(recipe)
+    if config is None:
+        return found | {"llm parameters": "unknown until the model is fetched", "memory": f"not estimated: {reason}"}
+    found |= _parameters(recipe, config, side.gate_dim or None)
+    memory = estimate_memory(recipe, arguments, config, side, profile)
+    return found | ({"memory": memory} if memory else {})
+
+
+def _parameters(recipe: Recipe, config: Any, gate_dim: int | None) -> dict[str, Any]:
     import torch
+    from transformers import AutoModelForCausalLM
 
     from llmrec import discovery
 
     found: dict[str, Any] = {}
-    items = _items(recipe)
-    if recipe.encoder is not None and items is not None:
-        encoder: Any = discovery.resolve("encoder", recipe.encoder.type)
-        if encoder.trainable:
-            config = encoder.config_class(
-                num_items=items, max_history=recipe.dataset.max_history, **recipe.encoder.options
-            )
-            with torch.device("meta"):
-                found["encoder parameters"] = sum(p.numel() for p in encoder(config).parameters())
-    if recipe.llm is not None:
-        folder = _local_model(recipe.llm.model)
-        if folder is None:
-            found["llm parameters"] = "unknown until the model is fetched"
-            return found
-        from transformers import AutoConfig, AutoModelForCausalLM
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        found["llm parameters"] = sum(p.numel() for p in model.parameters())
+        if recipe.tuner is not None:
+            from llmrec.tuners.base import trainable_report
 
-        config = AutoConfig.from_pretrained(folder)
-        if recipe.llm.num_layers is not None:
-            config.num_hidden_layers = min(config.num_hidden_layers, recipe.llm.num_layers)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
-            found["llm parameters"] = sum(p.numel() for p in model.parameters())
-            if recipe.tuner is not None:
-                from llmrec.tuners.base import trainable_report
-
-                tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
-                width = int(recipe.encoder.options.get("hidden_size", 64)) if recipe.encoder is not None else None
-                report = trainable_report(tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=width)))
-                found["trainable in the LLM"] = report.trainable
-                found.update({f"  {part}": count for part, count in report.parts.items() if count})
+            tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
+            report = trainable_report(tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=gate_dim)))
+            found["trainable in the LLM"] = report.trainable
+            found.update({f"  {part}": count for part, count in report.parts.items() if count})
     return found
-
-
-def _items(recipe: Recipe) -> int | None:
-    """Size of the catalogue, where the data set is prepared already or made up."""
-    from llmrec.data.dataset import InteractionDataset
-
-    source = Path(recipe.dataset.source)
-    if (source / "meta.json").is_file():
-        return InteractionDataset.load(source).num_items
-    return int(recipe.dataset.options.get("items", 200)) if recipe.dataset.source == "synthetic" else None
-
-
-def _local_model(name: str) -> Path | None:
-    from llmrec.downloads import NAMES, cache_root
-
-    folder = cache_root() / name if name in NAMES else Path(name)
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _prompt(recipe: Recipe) -> str | None:

@@ -136,10 +136,7 @@ def _example(out: Path) -> dict[str, Any]:
                 "item": item.item,
                 "title": item.title,
                 "score": item.score,
-                "because": [
-                    f"{reason.title} (similarity {reason.similarity:.2f}, {reason.shared_users} users share both)"
-                    for reason in item.reasons
-                ],
+                "because": [str(reason) for reason in item.reasons],
             }
             for item in items
         ],

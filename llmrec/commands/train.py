@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 EXAMPLE = "llmrec train recipes/smoke/ilora.yaml --out runs/smoke-ilora"
@@ -27,21 +28,40 @@ def run(args: Namespace) -> int:
     Raises:
         LlmrecError: The recipe, the data or a checkpoint is not what it should be.
     """
-    if args.launcher is not None:
-        from llmrec.commands.launch import relaunch
-
-        relaunch(args.argv, args.launcher)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from llmrec.assets import find_asset
     from llmrec.commands.output import emit, note
-    from llmrec.evaluation.results import results_table
     from llmrec.recipe import load_recipe
 
     recipe = load_recipe(find_asset("recipes", args.recipe), args.set)
+    if args.launcher is not None:
+        from llmrec.commands.launch import relaunch
+
+        relaunch(args.argv, args.launcher, recipe)
+    from llmrec.evaluation.results import results_table
+
     folder = Path(args.out or Path("runs") / recipe.name)
     note(f"recipe {recipe.name} -> {folder}")
     from llmrec.training.stages import run_recipe
 
-    record = run_recipe(recipe, folder, say=note, resume=args.resume, force=args.force)
+    record = run_recipe(
+        recipe, folder, say=note, resume=args.resume, force=args.force, publish=_publisher(recipe.report.push_to)
+    )
     emit({**record, "run": str(folder)}, lambda: results_table(record, recipe.evaluate.metrics), args.as_json)
     return 0
+
+
+def _publisher(repo: str | None) -> Callable[[Path], object] | None:
+    """What publishes the run at the end; it is refused now, not after hours of training, where nobody may publish."""
+    if repo is None:
+        return None
+    from llmrec.commands.output import note
+    from llmrec.reporting import hub
+
+    hub.check_ready(repo)
+
+    def publish(folder: Path) -> None:
+        record = hub.push(folder, repo, private=None)
+        note(f"published {record['url']} ({len(record['files'])} files, private if it is new)")
+
+    return publish

@@ -32,7 +32,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne,
 }
 _RULE = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|==|!=|=|>|<)\s*([-+]?\d+(?:\.\d+)?)\s*")
-_INTEGER = r"^-?[0-9]{1,18}$"
+_INTEGER = r"^-?[0-9]{1,18}\z"
 
 
 def parse_positive(rule: str) -> tuple[str, str, float] | None:

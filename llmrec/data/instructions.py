@@ -75,6 +75,7 @@ class InstructionExamples:
         self._items = dataset.column(ITEM)
         self._in_training = dataset.split_codes == SPLITS.index("train")
         self._encoder: tuple[PreTrainedTokenizerBase, PromptEncoder] | None = None
+        self._title_tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -88,6 +89,28 @@ class InstructionExamples:
         if self.tokenizer is not None:
             row |= self.encode(row, self.tokenizer)
         return row
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] int64, tokens of each example's history and answer: what makes one prompt longer than another.
+
+        Each title is tokenised once and nothing is rendered, so that this costs O(events). The text around the titles
+        and drawn candidates, which are of similar length everywhere, are left out.
+
+        Raises:
+            RecipeError: There is no tokenizer to count with.
+        """
+        if self.tokenizer is None:
+            raise RecipeError("lengths of prompts are counted in tokens; give the tokenizer to InstructionExamples")
+        if self._title_tokens is None:
+            encoder = self.encoder(self.tokenizer)
+            self._title_tokens = np.array([len(ids) for ids in encoder.pieces.answers(encoder.titles)], dtype=np.int64)
+        events = self._title_tokens[self.examples.items] + 1 + ("history" in self.options.slot_kinds)  # 1: separator
+        before = np.r_[0, np.cumsum(events)]
+        end = self.examples.end
+        start = np.maximum(self.examples.start, end - self.options.max_history)
+        found = before[end] - before[start] + self._title_tokens[self.examples.targets]
+        return found if self.options.max_length is None else np.minimum(found, self.options.max_length)
 
     def subset(self, index: np.ndarray | Sequence[int]) -> InstructionExamples:
         """The prompts at the given positions, in that order; each stays what it was."""

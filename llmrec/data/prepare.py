@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec.data.dataset import DatasetMeta, InteractionDataset
-from llmrec.data.engines import Engine, Workspace, connect, hand_over
+from llmrec.data.engines import Engine, Workspace, connect, handed_over, restore_types
 from llmrec.data.filters import (
     ITEM_KEY,
     SOURCE_ROW,
@@ -157,8 +156,10 @@ def prepare_source(
         if options.engine != "duckdb":
             tell(f"handing events to {options.engine}")
             engine = stack.enter_context(connect(options.engine))
-            tables = hand_over(raw, duckdb, engine, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            tables = stack.enter_context(handed_over(raw, duckdb, engine))
         dataset = prepare_tables(tables, options, options.name or name, engine, source=kind, report=tell)
+        if options.engine != "duckdb":
+            dataset = restore_types(dataset, raw)
     return Preparation(dataset, raw.rejected)
 
 

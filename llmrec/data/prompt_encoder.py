@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from llmrec.data.prompt_tokens import PieceTokenizer
-from llmrec.data.prompts import PromptTemplate, SlotRef, render_next_item
+from llmrec.data.prompts import PromptTemplate, SlotPosition, SlotRef, render_next_item
 from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ class PromptOptions:
 
     Args:
         template: Name or path of a prompt file.
-        style: "text" (titles) or "hybrid" (a slot behind each title, filled by the model with the item's vector).
+        style: "text" (titles) or "hybrid" (a slot beside each title, filled by the model with the item's vector).
         variants: Phrasings in use: "all", one number or several.
         candidates: Length of the candidate list, target included; None asks an open question.
         slots: What has slots in hybrid style: "history", "candidates", "user".
+        slot_position: An item's slot stands "after" its title (LLaRA) or "before" it (ours): the token behind the slot
+            is then the first one of the title, which is what a model that picks by slot has to write.
         chat_template: Put the prompt in a user turn of the tokenizer's chat template.
         max_history: The latest so many items are shown.
         max_title_tokens: Longer titles are cut, in prompts and answers alike; None keeps them whole.
@@ -41,6 +43,7 @@ class PromptOptions:
     variants: Literal["all"] | int | Sequence[int] = "all"
     candidates: int | None = None
     slots: Sequence[str] = ("history", "candidates")
+    slot_position: SlotPosition = "after"
     chat_template: bool = False
     max_history: int = 10
     max_title_tokens: int | None = None
@@ -59,8 +62,12 @@ class PromptOptions:
         ):
             if value is not None and value < least:
                 raise RecipeError(f"prompt.{name} is {value}; expected at least {least}")
-        if self.style not in ("text", "hybrid"):
-            raise RecipeError(f"prompt.style is {self.style!r}; expected text or hybrid")
+        for option, choice, known in (
+            ("style", self.style, ("text", "hybrid")),
+            ("slot_position", self.slot_position, ("after", "before")),
+        ):
+            if choice not in known:
+                raise RecipeError(f"prompt.{option} is {choice!r}; expected {' or '.join(known)}")
 
     @property
     def slot_kinds(self) -> frozenset[str]:
@@ -104,9 +111,9 @@ class EncodedPrompt:
 class PromptEncoder:
     """Encodes prompts of one template for one tokenizer.
 
-    Text is always cut right behind an item, in every style, and a slot takes one position there. So the text of a
-    hybrid prompt has the same tokens as the prompt without slots (LLaRA's text mode), and a title ends in the same
-    tokens whether a comma, a line end or the answer's terminator follows.
+    Text is always cut right behind an item, and where slots stand in front of titles there too, in every style. So the
+    text of a hybrid prompt has the same tokens as the prompt without slots (LLaRA's text mode), and a title ends in the
+    same tokens whether a comma, a line end or the answer's terminator follows.
 
     Args:
         titles: Text of every item, index = item id.
@@ -184,7 +191,8 @@ class PromptEncoder:
     ) -> list[str | SlotRef]:
         """Text pieces and slots of a prompt before tokenisation."""
         past, offered = ([(int(item), self.titles[int(item)]) for item in items] for items in (history, candidates))
-        return render_next_item(self.template, variant, past, offered, user_slot=user_slot)
+        position = self.options.slot_position
+        return render_next_item(self.template, variant, past, offered, user_slot=user_slot, slot_position=position)
 
     def _fit(
         self, history: list[int], candidates: list[int], variant: int, kinds: frozenset[str]

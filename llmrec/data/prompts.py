@@ -26,6 +26,7 @@ from llmrec.assets import find_asset
 from llmrec.errors import RecipeError
 
 SlotKind = Literal["history", "candidate", "user"]
+SlotPosition = Literal["after", "before"]
 
 USER_SLOT = -1
 """What `item_slots` holds where the vector of the user, not of an item, replaces the token."""
@@ -56,8 +57,13 @@ class SlotMarks:
     """Hands out marks for one prompt and finds them again after rendering.
 
     The number inside a mark leads back to its slot, so a template may show the lists in any order.
+
+    Args:
+        position: Where an item's slot stands: behind its title, or in front of it.
+        slots: The slots so far.
     """
 
+    position: SlotPosition = "after"
     slots: list[SlotRef] = field(default_factory=list)
 
     def mark(self, item_id: int, kind: SlotKind) -> str:
@@ -66,19 +72,34 @@ class SlotMarks:
         return f"{_OPEN}{len(self.slots) - 1}{_CLOSE}"
 
     def item_entry(self, title: str, item_id: int, kind: SlotKind) -> str:
-        """A title with the mark of its item right behind it."""
-        return plain_text(title) + self.mark(item_id, kind)
+        """A title with the mark of its item behind it, or on both sides: the second then only ends the title."""
+        mark = self.mark(item_id, kind)
+        return plain_text(title) + mark if self.position == "after" else mark + plain_text(title) + mark
 
     def split(self, text: str) -> list[str | SlotRef]:
-        """Text pieces and slots of a rendered prompt, in reading order; empty pieces are left out."""
+        """Text pieces and slots of a rendered prompt, in reading order; empty pieces are left out.
+
+        Pieces end at the end of each title. A blank in front of a leading slot moves behind it, so that the title has
+        the tokens it has as an answer.
+        """
         parts = _MARK.split(text)
         segments: list[str | SlotRef] = []
-        for position, part in enumerate(parts):
-            if position % 2:
-                segments.append(self.slots[int(part)])
-            elif part:
-                segments.append(part)
-        return segments
+        inside: int | None = None  # the item whose title began with its slot
+        for place, part in enumerate(parts):
+            if place % 2 == 0:
+                segments += [part] if part else []
+                continue
+            slot, number = self.slots[int(part)], int(part)
+            if inside == number:
+                inside = None
+                continue
+            if self.position == "before" and slot.kind != "user":
+                inside = number
+                if parts[place - 1].endswith(" "):
+                    segments[-1] = parts[place - 1][:-1]
+                    parts[place + 1] = " " + parts[place + 1]
+            segments.append(slot)
+        return [part for part in segments if part != ""]
 
 
 def plain_text(text: str) -> str:
@@ -208,10 +229,11 @@ def render_next_item(
     candidates: Sequence[tuple[int, str]] = (),
     *,
     user_slot: bool = False,
+    slot_position: SlotPosition = "after",
 ) -> list[str | SlotRef]:
     """One next-item prompt as text pieces and slots.
 
-    A slot stands behind every title and, if asked for, at the place of the user; which of them become tokens is
+    A slot stands beside every title and, if asked for, at the place of the user; which of them become tokens is
     decided by whoever turns the segments into tokens.
 
     Args:
@@ -220,8 +242,9 @@ def render_next_item(
         history: (item id, title) pairs, oldest first.
         candidates: (item id, title) pairs in the order they are shown; empty for an open question.
         user_slot: Whether the user has a slot.
+        slot_position: Whether slots of items stand behind or in front of their titles.
     """
-    marks = SlotMarks()
+    marks = SlotMarks(slot_position)
     values: dict[str, Any] = {"history": [marks.item_entry(title, item, "history") for item, title in history]}
     # A template may do without candidates or user, as long as there are none: `render` reports the rest.
     if candidates or "candidates" in template.variables:

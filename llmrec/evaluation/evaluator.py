@@ -3,6 +3,8 @@
 A `CatalogueScorer` gets exact ranks by counting; candidate lists are scored by `score_candidates`; a system that can
 only recommend is measured on its list, and the result's label says so. With mode "generate" a system gives one answer
 per example. The target never reaches the system: its place in every row is blanked before the batch is made.
+
+Under a launcher the batches are divided over the processes (`llmrec.evaluation.shards`); all end with the same result.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from llmrec.data.sequences import SequenceCollator, SequenceExamples, pad_right
+from llmrec.data.sequences import SequenceCollator, pad_right
 from llmrec.errors import DataError
 from llmrec.evaluation.found import Found, with_drawn_candidates
 from llmrec.evaluation.measuring import Job, choose_step, judge
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.results import EvalResult, print_results, results_record, summarise
+from llmrec.evaluation.shards import exchange, ranks
 from llmrec.evaluation.tables import prediction_table
 
 if TYPE_CHECKING:
@@ -107,8 +110,11 @@ class Evaluator:
         rows = self.batch_size
         if callable(getattr(job.recommender, "score_items", None)):
             rows = max(1, min(rows, SCORE_BYTES // (12 * (job.num_items + 1))))  # the scores and two copies
-        for index in self._batches(job.examples, rows, name):
+        order = np.argsort(-job.examples.lengths, kind="stable")  # longest first: memory runs out at once or never
+        parts = [order[first : first + rows] for first in range(0, len(order), rows)]
+        for index in self._shown(ranks().turns(parts), name):
             step(job, self._batch(job, index), index)
+        exchange(job.found, parts)
         found, examples = job.found, job.examples
         if job.protocol.mode == "generate" and found.texts is not None and examples.candidates is not None:
             judge(job)
@@ -126,14 +132,12 @@ class Evaluator:
         )
         return table, measured
 
-    def _batches(self, examples: SequenceExamples, rows: int, name: str) -> Iterator[np.ndarray]:
+    def _shown(self, parts: list[np.ndarray], name: str) -> Iterator[np.ndarray]:
         from rich.console import Console
         from rich.progress import track
 
-        order = np.argsort(-examples.lengths, kind="stable")  # longest first: memory runs out at once or never
-        parts = [order[first : first + rows] for first in range(0, len(order), rows)]
         console = Console(stderr=True)
-        hide = not (self.progress and console.is_terminal)
+        hide = not (self.progress and console.is_terminal and ranks().is_first)
         yield from track(parts, description=f"evaluate {name}", console=console, transient=True, disable=hide)
 
     def _batch(self, job: Job, index: np.ndarray) -> Any:

@@ -34,6 +34,7 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self._compiled = False
         if not isinstance(model, PeftModel):
             model.requires_grad_(False)
         parts = ("get_decoder", "get_input_embeddings", "get_output_embeddings")
@@ -88,7 +89,37 @@ class Backbone(nn.Module):
         hooks: AbstractContextManager[Any] = nullcontext()
         if isinstance(self.model, PeftModel):
             hooks = self.model._enable_peft_forward_hooks(**gates, **call)
-        with self._precision(), hooks:
+        with self._conditions(), hooks:
+            yield
+
+    def finished_gates(self, gates: GateArguments) -> Tensor | None:
+        """[B, E] (or [B, S, E]) expert weights of the active adapter: the router runs once per row of `gates`."""
+        if not gates:
+            return None
+        with self._precision():
+            return self.model.base_model.compute_gates(self.model.active_adapter, **gates)
+
+    def compile_layers(self) -> None:
+        """Compile the decoder layers for training; reading and writing prompts afterwards runs as before.
+
+        Layers, not the whole model: one compilation serves all of them, and hooks between them stay where they are.
+        Gates are inputs of the compiled code, so that other users need no other code.
+
+        Raises:
+            RecipeError: The decoder is not made of layers.
+        """
+        layers = getattr(self.base.get_decoder(), "layers", None)
+        if layers is None:
+            raise RecipeError(f"torch_compile: {type(self.base).__name__} has no list of decoder layers to compile")
+        for layer in layers:
+            layer.compile(dynamic=True)
+        self._compiled = True
+
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """Precision, and compiled layers in training only: caches of other lengths would be compiled over and over."""
+        eager = self._compiled and not (self.training and torch.is_grad_enabled())
+        with self._precision(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             yield
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -128,7 +159,7 @@ class Backbone(nn.Module):
         config = GenerationConfig(do_sample=False, use_cache=True, return_dict_in_generate=True, **options)
         if options.get("num_beams", 1) > 1:
             config.output_scores = True
-        with self._precision():
+        with self._conditions():
             return self.model.generate(
                 inputs_embeds=inputs_embeds.to(self.dtype),
                 attention_mask=attention_mask,

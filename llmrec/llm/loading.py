@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmrec.errors import CheckpointError, DependencyError, RecipeError
+from llmrec.errors import CheckpointError, RecipeError
+from llmrec.llm.quantized import Quantize, prepare_quantised, quantised_arguments
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Quantize = Literal["4bit", "8bit"]
 
 _SAMPLED_ROWS = 64
 _CONFIG_KEYS = (
@@ -40,7 +40,7 @@ def load_language_model(
     revision: str | None = None,
     *,
     num_layers: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model of transformers with its tokenizer.
 
@@ -52,7 +52,8 @@ def load_language_model(
         revision: Commit, tag or branch of the hub.
         num_layers: Keep only the first decoder layers: a smaller, faster model whose remaining layers are untouched.
             Its final hidden states are those of a layer that was not trained to be the last, so train an adapter.
-        device: Where the weights go.
+        device: Where the weights go and the model computes. None: it will compute on `own_device()`; quantised weights,
+            whose layout belongs to one kind of device, are made there, all others wait on the processor to be moved.
 
     Returns:
         The model, in evaluation mode, and the tokenizer, which has a padding token (the end-of-text token where the
@@ -61,17 +62,18 @@ def load_language_model(
     Raises:
         CheckpointError: Nothing of that name can be loaded.
         DependencyError: Quantised weights without bitsandbytes.
-        RecipeError: An option is out of range.
+        RecipeError: An option is out of range, or the launcher divides weights that are quantised.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _locate(name_or_path)
-    compute = choose_dtype(dtype, device)
-    extra = _quantised(quantize, compute, device)
+    home = own_device() if device is None else torch.device(device)
+    compute = choose_dtype(dtype, home)
+    extra = quantised_arguments(quantize, compute, home)
     try:
         config = AutoConfig.from_pretrained(target, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
-        _keep_layers(config, num_layers)
+        keep_layers(config, num_layers)
         with _quiet(num_layers is not None):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 target, config=config, revision=revision, dtype=compute, attn_implementation="sdpa",
@@ -83,11 +85,21 @@ def load_language_model(
             "  expected: a folder with config.json, safetensors weights and a tokenizer, a name of `llmrec pull`, or a "
             "hub id that is reachable or cached"
         ) from error
-    if not quantize:
+    if quantize is not None:
+        prepare_quantised(model, compute)
+    elif device is not None:
         model = model.to(device)
     _add_padding(model, tokenizer)
     model.llmrec_base_name = str(name_or_path)
     return model.eval(), tokenizer
+
+
+def own_device() -> torch.device:
+    """The accelerator of this process (one per rank under a launcher), or the processor."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
 
 
 def choose_dtype(dtype: Dtype, device: str | torch.device = "cpu") -> torch.dtype:
@@ -127,24 +139,12 @@ def _locate(name_or_path: str | Path) -> str:
     return name
 
 
-def _quantised(quantize: str | None, compute: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    if quantize is None:
-        return {}
-    if quantize not in ("4bit", "8bit"):
-        raise RecipeError(f"llm.quantize: found {quantize!r}, expected 4bit, 8bit or nothing")
-    if util.find_spec("bitsandbytes") is None:
-        raise DependencyError("bitsandbytes", extra="quant", purpose=f"llm.quantize: {quantize}")
-    from transformers import BitsAndBytesConfig
+def keep_layers(config: Any, num_layers: int | None) -> None:
+    """Cut a configuration to its first decoder layers, in place.
 
-    options: dict[str, Any] = (
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
-        if quantize == "4bit"
-        else {"load_in_8bit": True}
-    )
-    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": torch.device(device)}}
-
-
-def _keep_layers(config: Any, num_layers: int | None) -> None:
+    Raises:
+        RecipeError: There are not so many.
+    """
     if num_layers is None:
         return
     if not 1 <= num_layers <= config.num_hidden_layers:

@@ -38,6 +38,7 @@ class ItemProjector(nn.Module):
         super().__init__()
         if kind not in get_args(ProjectorKind):
             raise RecipeError(f"projector: found {kind!r}, expected {' or '.join(get_args(ProjectorKind))}")
+        self.d_item = d_item
         self.register_buffer("input_scale", torch.ones(()))
         self.out = nn.Linear(d_llm if kind == "mlp" else d_item, d_llm)
         self.inner = nn.Sequential(nn.Linear(d_item, d_llm), nn.GELU()) if kind == "mlp" else nn.Identity()

@@ -1,7 +1,7 @@
 """The styles in words: a prompt in, the title of the next item out.
 
     text     titles only
-    hybrid   behind each title stands a slot that holds the item's projected vector (LLaRA, iLoRA)
+    hybrid   beside each title stands a slot that holds the item's projected vector (LLaRA, iLoRA: behind it)
 
 Training takes the cross-entropy of the answer's tokens; logits are made at those places only. Recommending either
 scores candidates by the likelihood of their titles (`score_candidates`; every language model can, and nothing is lost
@@ -9,6 +9,10 @@ to invalid answers), or lets the model write (`recommend`) and looks the title u
 
 Gates are one per sequence, from the encoder's state after the last event: a prompt has one answer, which stands behind
 everything the gate has seen. A slot of the user (`USER_SLOT`) holds the projection of that same state.
+
+Two options are ours. A slot may stand in front of its title: the token behind the slot is then the first one to write,
+and a model that picks an item by its slot only has to copy what follows. And a slot may hold the encoder's score of the
+item for this history beside its vector (`slot_content: score`), in standard deviations over the catalogue.
 
 LLaRA's curriculum (option) starts with text-only batches; hybrid ones become likelier from step to step (`begin_step`).
 A text-only batch gives the projector a gradient of zero rather than none, so that data-parallel
@@ -30,6 +34,7 @@ from llmrec.data.prompts import USER_SLOT
 from llmrec.data.schema import Ranking
 from llmrec.errors import DataError, RecipeError
 from llmrec.llm.decoding import TitleIndex
+from llmrec.llm.packing import check_isolation, packed_states
 from llmrec.llm.recommender import LLMRecommender, RecommenderOptions, latest
 from llmrec.llm.rendering import PromptRenderer
 from llmrec.llm.scoring import Prefilled, answer_log_probs, pad_answers, prefill
@@ -88,10 +93,20 @@ class PromptRecommender(LLMRecommender):
             raise RecipeError(f"prompt.style {options.style}: found no tokenizer; expected the base model's")
         self.renderer = renderer
         hybrid = options.style == "hybrid"
-        self.projector = self._new_projector(self.d_item, self.item_table) if hybrid else None
+        self._item_unit = float(self.item_table[1:].pow(2).mean().clamp(min=1e-12).rsqrt()) if hybrid else 1.0
+        self.projector = self._new_item_projector() if hybrid else None
         self.user_projector = self._new_user_projector() if hybrid and options.user_slot else None
         self._titles: TitleIndex | None = None
         self._text_now = False
+
+    def _new_item_projector(self) -> nn.Module:
+        if self.options.slot_content == "item":
+            return self._new_projector(self.d_item, self.item_table)
+        if self.encoder is None:
+            raise RecipeError("prompt.slot_content score: found no encoder; expected the one whose scores fill slots")
+        scores = torch.randn(len(self.item_table), 1, generator=torch.Generator().manual_seed(0))
+        probe = self._with_scores(self.item_table, scores.to(self.item_table.device))
+        return self._new_projector(self.d_item + 1, probe)
 
     def _new_user_projector(self) -> nn.Module:
         if self.encoder is None:
@@ -103,6 +118,17 @@ class PromptRecommender(LLMRecommender):
         return self._new_projector(width, probe.to(self.item_table.device))
 
     # Training --------------------------------------------------------------------------------------------------------
+
+    packing = False
+
+    def use_packing(self) -> None:
+        """From now on several prompts share a row in `answer_loss`; see `llmrec.llm.packing`.
+
+        Raises:
+            RecipeError: Examples of one row would see each other in this model.
+        """
+        check_isolation(self.backbone)
+        self.packing = True
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Tell the recommender where training stands; with `curriculum` it decides whether this step sees slots.
@@ -133,6 +159,8 @@ class PromptRecommender(LLMRecommender):
     def _hidden(self, batch: SequenceBatch) -> Tensor:
         mask: Tensor | None = batch["attention_mask"]
         assert mask is not None
+        if self.packing:
+            return packed_states(self.backbone, self.embed(batch), mask, self.sequence_gates(batch))
         if bool((mask[:, 1:] <= mask[:, :-1]).all()):
             mask = None  # padding on the right: causal attention keeps it out, and without a mask it is faster
         return self.backbone(self.embed(batch), mask, self.sequence_gates(batch)).last_hidden_state
@@ -143,7 +171,7 @@ class PromptRecommender(LLMRecommender):
         slots = batch.get("item_slots")
         if slots is None or not bool((slots != 0).any()):
             return embeds
-        embeds = self._fill(embeds, slots > 0, self._item_vectors(slots))
+        embeds = self._fill(embeds, slots > 0, self._item_vectors(batch, slots))
         of_user = slots == USER_SLOT
         if bool(of_user.any()):
             embeds = self._fill(embeds, of_user, self._user_vectors(batch, of_user))
@@ -153,7 +181,7 @@ class PromptRecommender(LLMRecommender):
     def _fill(embeds: Tensor, places: Tensor, vectors: Tensor) -> Tensor:
         return embeds.masked_scatter(places.unsqueeze(-1), vectors.to(embeds.dtype))
 
-    def _item_vectors(self, slots: Tensor) -> Tensor:
+    def _item_vectors(self, batch: SequenceBatch, slots: Tensor) -> Tensor:
         """[N, d_llm] for the N item slots of the batch, row by row."""
         if self.projector is None:
             raise DataError(
@@ -163,7 +191,22 @@ class PromptRecommender(LLMRecommender):
                 remedy="set prompt.style: hybrid",
             )
         with torch.autocast(slots.device.type, enabled=False):
-            return self.projector(self.item_table[slots[slots > 0]])
+            vectors = self.item_table[slots[slots > 0]]
+            if self.options.slot_content == "score":
+                vectors = self._with_scores(vectors, self._scores(batch, slots))
+            return self.projector(vectors)
+
+    @torch.no_grad()
+    def _scores(self, batch: SequenceBatch, slots: Tensor) -> Tensor:
+        """[N, 1] the encoder's scores of the items in slots, in standard deviations over the catalogue."""
+        scores = self.encoder.score_items(batch).float()
+        real = scores[:, 1:]
+        scores = (scores - real.mean(1, keepdim=True)) / real.std(1, keepdim=True).clamp(min=1e-12)
+        return scores[(slots > 0).nonzero()[:, 0], slots[slots > 0]].unsqueeze(-1)
+
+    def _with_scores(self, vectors: Tensor, scores: Tensor) -> Tensor:
+        """[N, d_item + 1]: one number beside d_item others would drown, so it gets a fifth of the whole power."""
+        return torch.cat([vectors * self._item_unit, scores * (self.d_item**0.5 / 2)], dim=-1)
 
     def _user_vectors(self, batch: SequenceBatch, places: Tensor) -> Tensor:
         if self.user_projector is None:
@@ -176,15 +219,17 @@ class PromptRecommender(LLMRecommender):
             return self.user_projector(state)[places.nonzero()[:, 0]]
 
     def _unused(self, batch: SequenceBatch) -> Tensor | float:
+        """Zero, with a gradient of zero for projectors the batch has no slot for. They are called, not read: a launcher
+        may have divided their weights."""
         slots = batch.get("item_slots")
-        idle: list[nn.Parameter] = []
+        idle: Tensor | float = 0.0
         for projector, used in (
             (self.projector, slots is not None and bool((slots > 0).any())),
             (self.user_projector, slots is not None and bool((slots == USER_SLOT).any())),
         ):
             if projector is not None and not used:
-                idle += list(projector.parameters())
-        return 0.0 * torch.stack([p.sum() for p in idle]).sum() if idle else 0.0
+                idle = idle + 0.0 * projector(self.item_table.new_zeros(1, projector.d_item)).sum()
+        return idle
 
     # Recommending ----------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmrec.data.schema import SequenceBatch
 
 Style = Literal["item_slots", "text", "hybrid"]
-SlotContent = Literal["item", "state", "both"]
+SlotContent = Literal["item", "state", "both", "score"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class RecommenderOptions:
         style: "item_slots", "text" or "hybrid".
         max_history: The latest events shown.
         projector: "mlp" or "linear".
-        slot_content: What a history slot holds: the item-table row ("item"), the encoder's causal state at that
-            position ("state"), or both side by side ("both"). Only item_slots.
+        slot_content: What an item's slot holds: the item-table row ("item"); in item_slots also the encoder's causal
+            state at that position ("state") or both side by side ("both"); in hybrid also the row beside the score the
+            encoder gives the item for this history ("score").
         instruction: Text in front of the slots; empty for none. Only item_slots.
         residual: Add the encoder's state to the output, whose layer then starts at zero: training starts exactly at
             the encoder's ranking and learns what the language model adds. Our design. Only item_slots.
@@ -75,9 +76,14 @@ class RecommenderOptions:
                 raise RecipeError(f"prompt.{name}: found {getattr(self, name)!r}, expected {', '.join(get_args(kind))}")
         if self.max_history < 1:
             raise RecipeError(f"max_history: found {self.max_history}, expected 1 or more")
-        dense = ("slot_content", "instruction", "residual", "similarity", "item_bias", "learn_scale")
+        dense = ("instruction", "residual", "similarity", "item_bias", "learn_scale")
         worded = ("length_normalise", "max_new_tokens")
         self._refuse(dense if self.style != "item_slots" else worded)
+        contents = {"item_slots": ("item", "state", "both"), "hybrid": ("item", "score")}.get(self.style, ("item",))
+        if self.slot_content not in contents:
+            raise RecipeError(
+                f"prompt.slot_content: found {self.slot_content}, expected {' or '.join(contents)} for {self.style}"
+            )
         self._refuse(("user_slot", "curriculum") if self.style != "hybrid" else ())
 
     def _refuse(self, names: Sequence[str]) -> None:

@@ -46,6 +46,7 @@ class PromptRenderer(PromptEncoder):
             variants=prompt.variants,
             candidates=prompt.candidates,
             slots=tuple(prompt.slots),
+            slot_position=prompt.slot_position,
             chat_template=prompt.chat_template,
             max_history=recipe.dataset.max_history,
             max_title_tokens=prompt.max_title_tokens,

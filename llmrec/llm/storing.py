@@ -59,6 +59,7 @@ def save_recommender(recommender: LLMRecommender, folder: Path) -> None:
         "options": asdict(recommender.options),
         "prompt": _prompt_options(recommender),
         "base": asdict(base_identity(recommender.model)),
+        "token_embeddings": _token_embeddings(recommender.model),
         "adapter": adapted,
         "encoder": encoder,
         "item_table": {
@@ -92,7 +93,7 @@ def load_recommender(
             expected.name, revision=expected.revision, num_layers=expected.num_layers
         )
         tokenizer = tokenizer or loaded
-    _check_base(folder, expected, base_model)
+    _check_base(folder, record, base_model)
     if tokenizer is None and (folder / TOKENIZER).is_dir():
         from transformers import AutoTokenizer
 
@@ -130,7 +131,7 @@ def restore_recommender(recommender: LLMRecommender, folder: Path) -> None:
         different = sorted(key for key in found if found[key] != record["options"].get(key))
         raise CheckpointError(f"{folder}: saved with other options: {', '.join(different)} differ")
     _check_encoder(folder, record, recommender.encoder)
-    _check_base(folder, BaseIdentity(**record["base"]), recommender.model)
+    _check_base(folder, record, recommender.model)
     _check_items(folder, record, recommender.item_table)
     if record["adapter"]:
         result: Any = set_peft_model_state_dict(recommender.model, _read_tensors(folder / ADAPTER / WEIGHTS_FILE))
@@ -164,12 +165,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _check_base(folder: Path, expected: BaseIdentity, model: nn.Module) -> None:
-    found = base_identity(model)
+def _check_base(folder: Path, record: dict[str, Any], model: nn.Module) -> None:
+    expected, found = BaseIdentity(**record["base"]), base_identity(model)
     if not expected.same_weights(found):
         raise CheckpointError(
             f"{folder} was trained on the base model {expected}, found {found}; expected the same weights"
         )
+    # The identity reads the first rows only, so it does not see added tokens. Folders of before have no number.
+    rows, here = record.get("token_embeddings"), _token_embeddings(model)
+    if rows not in (None, here):
+        raise CheckpointError(
+            f"{folder} was trained on {rows} token embeddings, found {here}; "
+            f"resize the base model first: model.resize_token_embeddings({rows})"
+        )
+
+
+def _token_embeddings(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _check_encoder(folder: Path, record: dict[str, Any], encoder: nn.Module | None) -> None:

@@ -55,6 +55,7 @@ class AnswerTrainer(StageLoop, SFTTrainer):  # type: ignore[misc]
             raise RecipeError(f"{type(module.model).__name__} has no tokenizer, which the text style trains with")
         base = language_model.get_base_model() if hasattr(language_model, "get_base_model") else language_model
         own_forward = "forward" in vars(base)
+        self._answered = train_dataset
         super().__init__(
             model=language_model,
             args=args,
@@ -70,6 +71,11 @@ class AnswerTrainer(StageLoop, SFTTrainer):  # type: ignore[misc]
         self.callback_handler.model = module
         self._signature_columns = None
         self.model_accepts_loss_kwargs = False
+
+    @property
+    def examples(self) -> Any:
+        """The examples behind the table of numbers."""
+        return self._answered
 
 
 class _ExampleCollator:

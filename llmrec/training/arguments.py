@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from llmrec.discovery import nearest
 from llmrec.errors import RecipeError
+from llmrec.training.speed import SpeedOptions
 
 if TYPE_CHECKING:
     from llmrec.recipe import StageSpec
@@ -30,16 +31,24 @@ OURS = {
     "load_best_model_at_end": "the best state is always restored; see the stage's `metric`",
     "metric_for_best_model": "use the stage's `metric`",
     "label_smoothing_factor": "it is an option of the strategy",
-    "train_sampling_strategy": "the strategy decides the order of examples",
     "auto_find_batch_size": "a run must not depend on the memory that happened to be free",
     "disable_tqdm": "progress goes to standard error, as a bar or as lines",
     "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
     "save_only_model": "a checkpoint must be resumable",
     "ignore_data_skip": "a resumed run sees the examples the first one would have seen",
-    "push_to_hub": "publishing is not part of training; upload the run folder when it is done",
-    "torch_compile": "it is not supported by the stage trainer",
+    "push_to_hub": "a run is published whole, when it is evaluated; see report.push_to and `llmrec push`",
+    "torch_compile_backend": "decoder layers are compiled by torch's default backend; set torch_compile: true",
+    "torch_compile_mode": "decoder layers are compiled in torch's default mode; set torch_compile: true",
+    "liger_kernel_config": "the loss is ours and the other kernels are all used; set use_liger_kernel: true",
+    "dataloader_persistent_workers": "examples change from epoch to epoch, which lasting workers would not notice",
+    "length_column_name": "lengths come from the examples themselves",
 }
 """Argument names a stage may not set, and who decides instead."""
+
+ORDERS = ("random", "group_by_length")
+"""Values of train_sampling_strategy; a strategy with an order of its own goes before "random"."""
+
+_SPEED = tuple(field.name for field in dataclasses.fields(SpeedOptions))
 
 _DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
@@ -74,8 +83,9 @@ def build_arguments(
     Raises:
         RecipeError: An unknown name (the nearest is given), one that is ours, or a value transformers refuses.
     """
-    given = stage.training_arguments
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    SpeedOptions.of(stage)
+    given = {name: value for name, value in stage.training_arguments.items() if name not in _SPEED}
+    known = [*(field.name for field in dataclasses.fields(TrainingArguments) if field.init), *_SPEED]
     for name in given:
         if name in OURS or name.startswith(("hub_", "fsdp_transformer", "jit_")):
             raise RecipeError(f"stage {stage.train}: {name} cannot be set: {OURS.get(name, 'it is not used here')}")
@@ -85,6 +95,11 @@ def build_arguments(
                 "names of transformers.TrainingArguments"
             )
     values = {**_DEFAULTS, **({"eval_strategy": "epoch"} if evaluates else {}), **given, **(extra or {})}
+    order = values.get("train_sampling_strategy", "random")
+    if order not in ORDERS:
+        raise RecipeError(
+            f"stage {stage.train}: train_sampling_strategy: found {order!r}, expected {' or '.join(ORDERS)}"
+        )
     _check_evaluation(stage, values, evaluates)
     accelerator = torch.accelerator.is_available() and not values.get("use_cpu")
     if not accelerator:

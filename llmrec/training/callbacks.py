@@ -20,7 +20,7 @@ from llmrec.training.states import derived_generator
 if TYPE_CHECKING:
     from llmrec.training.loop import StageLoop
 
-LOSS_DRAWS, EPOCH_DRAWS, STEP_DRAWS, ORDER_DRAWS, PREPARE_DRAWS = range(5)
+LOSS_DRAWS, EPOCH_DRAWS, STEP_DRAWS, ORDER_DRAWS, PREPARE_DRAWS, RANDOM_STATES = range(6)
 """Streams of random numbers of a stage; each is derived from the seed and the place in training."""
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -34,6 +34,7 @@ class StrategyHooks(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Call `on_epoch_start`, unless a resumed run stands in the middle of the epoch and has done so before."""
+        self.loop.begin_epoch()
         if state.global_step % self.loop.steps_per_epoch == 0:
             self.loop.strategy.on_epoch_start(self.loop.inner_model, self._info(state, EPOCH_DRAWS))
 
@@ -146,11 +147,12 @@ class Progress(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM writes a checkpoint after the running step and ends training; the caller then exits with status 143.
 
-    A second SIGTERM does what it did before.
+    A second SIGTERM does what it did before. Signals reach processes at different moments, so `received` is what this
+    one knows, and `agreed`, which the loop sets once a step, what all have heard of: only that may change what they do.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.agreed = False
         self._before: Any = None
 
     def __enter__(self) -> StopOnSignal:
@@ -171,7 +173,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint and the end."""
-        if self.received:
+        if self.agreed:
             control.should_save = control.should_training_stop = True
 
 

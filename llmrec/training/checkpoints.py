@@ -55,8 +55,9 @@ class Manifest:
 
 
 def notice(text: str) -> None:
-    """One line for the user on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the user on standard error, from the first process of a launcher only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes], *, step: int, identity: Mapping[str, str]) -> None:

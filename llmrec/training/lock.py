@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file that names the process and its machine."""
+"""One writer per folder: a lock file that names the process and its machine; and one outcome for all processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmrec.errors import CheckpointError
 from llmrec.training.checkpoints import notice
@@ -50,3 +52,40 @@ def _label(file: Any, text: str) -> None:
     file.truncate()
     file.write(text)
     file.flush()
+
+
+def agree(vote: bool, args: Any) -> bool:
+    """Whether any process votes yes; every process takes part.
+
+    Args:
+        vote: Of this process.
+        args: TrainingArguments, for the number of processes and the device.
+    """
+    if args.world_size == 1:
+        return vote
+    votes = torch.tensor([float(vote)], device=args.device)
+    torch.distributed.all_reduce(votes)
+    return bool(votes.item())
+
+
+@contextmanager
+def together(args: Any, what: str) -> Iterator[None]:
+    """Fail in every process when one fails, instead of leaving the others waiting; also a barrier.
+
+    Args:
+        args: TrainingArguments.
+        what: What is done inside, for the message of the others.
+
+    Raises:
+        CheckpointError: It failed in another process. A failure of this one is raised as it is.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = agree(failure is not None, args)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError(f"{what} failed in another process, whose message says why")

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import set_seed
 
 from llmrec.strategies.base import TrainingStrategy
 from llmrec.training import checkpoints
-from llmrec.training.callbacks import StopOnSignal
+from llmrec.training.callbacks import RANDOM_STATES, StopOnSignal
+from llmrec.training.lock import together
+from llmrec.training.sharding import Sharding
 from llmrec.training.states import (
     TrainableState,
-    load_optimizer,
-    optimizer_files,
+    derived_generator,
     pack,
     pack_json,
     rng_tensors,
@@ -77,6 +79,7 @@ class AtomicCheckpoints:
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    sharding: Sharding
     run: StageRun
     strategy: TrainingStrategy
     trainable: TrainableState
@@ -86,19 +89,18 @@ class AtomicCheckpoints:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self._saved_step:
             return
-        self._saved_step = self.state.global_step
+        self._saved_step = step = self.state.global_step
         contents = self._contents()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            checkpoints.write_folder(
-                folder / f"checkpoint-{self.state.global_step}", contents, step=self.state.global_step,
-                identity=self.run.identity,
-            )  # fmt: skip
-            checkpoints.rotate(folder, self.args.save_total_limit, self.state.global_step)
-        self.accelerator.wait_for_everyone()
+        with together(self.args, "writing a checkpoint"):
+            if self.args.should_save:
+                folder = Path(self.args.output_dir)
+                checkpoints.write_folder(
+                    folder / f"checkpoint-{step}", contents(), step=step, identity=self.run.identity
+                )
+                checkpoints.rotate(folder, self.args.save_total_limit, step)
 
-    def _contents(self) -> dict[str, bytes]:
-        """Files of a checkpoint; every process takes part, since each has random numbers of its own."""
+    def _contents(self) -> Callable[[], dict[str, bytes]]:
+        """Gather a checkpoint, in which every process takes part; the process that writes then makes the files."""
         random = rng_tensors(self.args.device)
         if self.args.world_size > 1:
             gathered = {k: self.accelerator.gather(v.to(self.args.device)[None]).cpu() for k, v in random.items()}
@@ -107,19 +109,36 @@ class AtomicCheckpoints:
             random = {f"0.{name}": tensor for name, tensor in random.items()}
         run, now = self.run, time.monotonic()
         run.record.seconds, run.began = run.record.seconds + now - run.began, now
-        tensors, rest = optimizer_files(getattr(self.optimizer, "optimizer", self.optimizer))
+        trainable, (optimizer, rest) = self.trainable.tensors(), self.sharding.optimizer_state()
         scaler = getattr(self.accelerator, "scaler", None)
-        contents = {
-            checkpoints.TRAINABLE: pack(self.trainable.tensors()),
-            checkpoints.STRATEGY: pack(self.strategy.state_dict()),
-            checkpoints.OPTIMIZER: pack(tensors),
-            checkpoints.OPTIMIZER_SCALARS: pack_json({**rest, "scaler": scaler.state_dict() if scaler else None}),
-            checkpoints.SCHEDULER: pack_json(self.lr_scheduler.state_dict()),  # type: ignore[attr-defined]
-            checkpoints.RANDOM: pack(random),
-            checkpoints.TRAINER_STATE: json.dumps({**asdict(self.state), "log_history": []}, indent=1).encode(),
-            checkpoints.STAGE_STATE: pack_json(asdict(run.record)),
-        }
-        return contents if run.best is None else {**contents, checkpoints.BEST: pack(run.best)}
+
+        def files() -> dict[str, bytes]:
+            made = {
+                checkpoints.TRAINABLE: pack(trainable),
+                checkpoints.STRATEGY: pack(self.strategy.state_dict()),
+                checkpoints.OPTIMIZER: pack(optimizer),
+                checkpoints.OPTIMIZER_SCALARS: pack_json({**rest, "scaler": scaler.state_dict() if scaler else None}),
+                checkpoints.SCHEDULER: pack_json(self.lr_scheduler.state_dict()),
+                checkpoints.RANDOM: pack(random),
+                checkpoints.TRAINER_STATE: json.dumps({**asdict(self.state), "log_history": []}, indent=1).encode(),
+                checkpoints.STAGE_STATE: pack_json(asdict(run.record)),
+            }
+            return made if run.best is None else {**made, checkpoints.BEST: pack(run.best)}
+
+        return files
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Load weights while they are whole, let the launcher divide them, then load the optimizer."""
+        if self.sharding.divides and resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        self.sharding.before_wrapping()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        self.sharding.wrapped(self._settle)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _settle(self) -> None:
+        raise NotImplementedError
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -133,9 +152,8 @@ class AtomicCheckpoints:
         if checkpoint is None:
             return
         rest = unpack_json(Path(checkpoint) / checkpoints.OPTIMIZER_SCALARS)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        load_optimizer(optimizer, unpack(Path(checkpoint) / checkpoints.OPTIMIZER), rest)
-        self.lr_scheduler.load_state_dict(unpack_json(Path(checkpoint) / checkpoints.SCHEDULER))  # type: ignore[attr-defined]
+        self.sharding.load_optimizer(unpack(Path(checkpoint) / checkpoints.OPTIMIZER), rest)
+        self.lr_scheduler.load_state_dict(unpack_json(Path(checkpoint) / checkpoints.SCHEDULER))
         if rest["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(rest["scaler"])
         self._saved_step = self.state.global_step
@@ -154,4 +172,9 @@ class AtomicCheckpoints:
         prefix = f"{self.args.process_index}."
         stored = unpack(Path(checkpoint) / checkpoints.RANDOM)
         mine = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
-        set_rng(mine, self.args.device)
+        if mine:
+            set_rng(mine, self.args.device)
+            return
+        # There were fewer processes when it was written.
+        place = (self.args.seed, RANDOM_STATES, self.state.global_step, self.args.process_index)
+        set_seed(derived_generator(*place).initial_seed() % 2**32)

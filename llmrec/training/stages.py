@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from llmrec import discovery
+from llmrec.data.catalogue import item_index
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.sequences import SequenceCollator
 from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
+from llmrec.evaluation.shards import ranks, wait_for_all
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
 from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
 from llmrec.run_dir import RunDir, write_json, write_text
@@ -73,6 +75,7 @@ def run_recipe(
     say: Say = print,
     resume: Literal["auto", "never"] = "auto",
     force: bool = False,
+    publish: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
     """Do everything a recipe says and return the record of its evaluation.
 
@@ -82,6 +85,7 @@ def run_recipe(
         say: Told what happens.
         resume: See `Run`.
         force: See `Run`.
+        publish: Called with the evaluated run where the recipe says report.push_to; `llmrec train` gives it.
 
     Raises:
         RecipeError: The recipe cannot be run, or the folder belongs to another one.
@@ -89,19 +93,25 @@ def run_recipe(
         CheckpointError: A checkpoint belongs to something else.
     """
     recipe.resolve()
+    if recipe.report.push_to is not None and publish is None:
+        raise RecipeError("report.push_to: nothing is published from here; use `llmrec train`, or `llmrec push` later")
     folder = RunDir(root)
     _claim(folder, recipe, resume, force)
     dataset = prepare_dataset(recipe, folder, say)
     recipe.check_dataset(dataset.fields)
     run = Run(recipe, folder, dataset, say, resume, force)
-    folder.write_environment({"seed": recipe.seed, "dataset_fingerprint": dataset.fingerprint})
+    trained_on = {"dataset_fingerprint": dataset.fingerprint, "item_index": item_index(dataset)}
+    folder.write_environment({"seed": recipe.seed, **trained_on})
     _make_encoder(run)
     for number, stage in enumerate(recipe.stages, start=1):
         run.stages.append(_run_stage(run, number, stage))
     if run.model is None and (recipe.llm is not None and recipe.prompt is not None):
         _make_model(run)  # a run without a tuner stage still measures the untuned model
         run.model.save_pretrained(folder.model)  # type: ignore[attr-defined]
-    return evaluate_run(run, recipe.evaluate)
+    record = evaluate_run(run, recipe.evaluate)
+    if publish is not None and recipe.report.push_to is not None and ranks().is_first:
+        publish(root)
+    return record
 
 
 def _claim(folder: RunDir, recipe: Recipe, resume: str, force: bool) -> None:
@@ -229,7 +239,8 @@ def _make_model(run: Run) -> None:
         names = ("projector", "slot_content", "residual", "instruction", "similarity", "item_bias", "learn_scale")
         options |= {name: getattr(prompt, name) for name in names}
     else:
-        options |= {"projector": prompt.projector, "curriculum": prompt.curriculum}
+        options |= {name: getattr(prompt, name) for name in ("projector", "curriculum")}
+        options |= {"slot_content": prompt.slot_content} if prompt.style == "hybrid" else {}
     run.model = LLMRecommender.build(
         model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer), **options
     ).to(run.device)
@@ -371,15 +382,17 @@ def _store_evaluation(run: Run, results: dict[str, EvalResult], primary: bool) -
     for slug in sorted({result.protocol.slug for result in results.values()}):
         group = {name: result for name, result in results.items() if result.protocol.slug == slug}
         folder = run.folder.evaluation(slug)
-        for name, result in group.items():
-            result.save(folder, name)
         merged = {**results_record(group), "evaluation": slug, "seed": run.recipe.seed}
-        write_json(folder / "metrics.json", merged)
+        if ranks().is_first:
+            for name, result in group.items():
+                result.save(folder, name)
+            write_json(folder / "metrics.json", merged)
         if slug == own.protocol.slug:
             record = merged
-    if primary:
+    if primary and ranks().is_first:
         write_json(run.folder.metrics, record)
     _store_gates(run, own.protocol)
+    wait_for_all()
     return record
 
 
@@ -417,6 +430,8 @@ def _store_gates(run: Run, protocol: EvalProtocol) -> None:
         batch = SequenceCollator()([examples[i] for i in range(start, min(start + 256, len(examples)))])
         batch = {name: value.to(run.device) for name, value in batch.items()}  # type: ignore[attr-defined, assignment]
         rows.append(inner.compute_gates("default", run.encoder.user_representation(batch)).float().cpu())
+    if not ranks().is_first:
+        return
     gates = torch.cat(rows).numpy()
     columns: dict[str, Any] = {"user": examples.users, **{f"gate_{e}": gates[:, e] for e in range(gates.shape[1])}}
     path = run.folder.evaluation(protocol.resolve(run.dataset).slug) / "gates.parquet"

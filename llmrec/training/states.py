@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,19 +85,21 @@ class TrainableState:
 
     Args:
         module: The model, as it stands before the first step.
+        gather: Whole value of a parameter that a launcher has divided; every process takes part.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
+        self.module, self.gather = module, gather
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._initial = {name: _fingerprint(buffer) for name, buffer in module.named_buffers()}
         self._unchanged = {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor (not copied)."""
+        """Name -> whole tensor (not copied where weights are not divided)."""
         parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         changed = [name for name, buffer in buffers.items() if self._has_changed(name, buffer)]
-        return {**{name: parameters[name].detach() for name in self.names}, **{name: buffers[name] for name in changed}}
+        gathered = {name: self.gather(parameters[name]) for name in self.names}
+        return {**gathered, **{name: buffers[name] for name in changed}}
 
     def _has_changed(self, name: str, buffer: Tensor) -> bool:
         known, version = self._unchanged.get(name, (None, -1))
@@ -113,7 +115,7 @@ class TrainableState:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Put tensors back.
+        """Put tensors back into whole weights: before a launcher divides them, or after it released them.
 
         Raises:
             CheckpointError: Names or shapes do not fit the model.
@@ -162,16 +164,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     Raises:
         CheckpointError: The groups are not those of this optimizer.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    found = [(group.get("name"), len(group["params"])) for group in rest["groups"]]
-    expected = [(group.get("name"), len(group["params"])) for group in groups]
-    if found != expected:
-        raise CheckpointError(f"optimizer state: found groups {found}, expected {expected}")
+    check_groups(rest["groups"], optimizer.param_groups)
     state: dict[int, dict[str, Any]] = {}
     for place, value in {**tensors, **rest["scalars"]}.items():
         index, _, name = place.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+
+
+def check_groups(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parameter groups of other names or sizes.
+
+    Raises:
+        CheckpointError: Naming both.
+    """
+    found = [(group.get("name"), len(group["params"])) for group in stored]
+    expected = [(group.get("name"), len(group["params"])) for group in groups]
+    if found != expected:
+        raise CheckpointError(f"optimizer state: found groups {found}, expected {expected}")
 
 
 def rng_tensors(device: torch.device | None = None) -> dict[str, Tensor]:

@@ -14,24 +14,27 @@ on a processor). SIGTERM writes a checkpoint first; the process then exits with 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from llmrec.errors import CheckpointError, DataError, RecipeError
+from llmrec.errors import CheckpointError, DataError
 from llmrec.run_dir import write_json
 from llmrec.strategies.base import TrainContext, TrainingStrategy
 from llmrec.training import checkpoints
 from llmrec.training.arguments import build_arguments
 from llmrec.training.callbacks import PREPARE_DRAWS, JsonLog, Progress, StopOnSignal, duration, truncate_log
 from llmrec.training.checkpoints import notice
-from llmrec.training.lock import lock
+from llmrec.training.lock import agree, lock, together
 from llmrec.training.loop import RecTrainer, StageLoop, StageModule
 from llmrec.training.resuming import StageRecord, StageRun
 from llmrec.training.states import TrainableState, derived_generator, pack, pack_json, unpack, unpack_json
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from llmrec.data.schema import DataContext
     from llmrec.recipe import StageSpec
 
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+"""Settings that may change between two attempts as long as their product, the examples of a step, stays."""
+EXAMPLES_PER_STEP = "examples per step"
 TERMINATED = 143
 """Exit status after SIGTERM: 128 + 15, what a shell reports for a process that signal ended."""
 
@@ -107,11 +113,12 @@ def train_stage(
     folder = Path(output_dir) / "checkpoints"
     text = _style(model) == "text"
     args = _arguments(stage, folder, seed, evaluates=evaluate is not None, text=text)
-    held: AbstractContextManager[None] = lock(Path(output_dir)) if args.should_save else nullcontext()
-    with held, StopOnSignal() as signal:
-        if args.should_save:
-            _tidy(Path(output_dir), resume)
-        args.distributed_state.wait_for_everyone()
+    with ExitStack() as held, StopOnSignal() as signal:
+        held.callback(unset_hf_deepspeed_config)  # or ZeRO would divide a model that is loaded after this stage
+        with together(args, f"taking {output_dir}"):
+            if args.should_save:
+                held.enter_context(lock(Path(output_dir)))
+                _tidy(Path(output_dir), resume)
         module = StageModule(model, strategy)
         ours = {**identity, **_settings(module, stage, args, len(examples))}
         run = StageRun(stage, strategy, evaluate, ours, signal)
@@ -121,7 +128,7 @@ def train_stage(
         loop = _build_loop(module, run, args, examples, collator, text=text)
         loop.add_callback(JsonLog(Path(output_dir) / "log.jsonl"))  # type: ignore[attr-defined]
         resumed = _train(loop, run, Path(output_dir), len(examples), context, force)
-        if signal.received:
+        if agree(signal.received, args):
             raise SystemExit(TERMINATED)
         return _finish(loop, run, Path(output_dir), resumed)
 
@@ -148,12 +155,6 @@ def _build_loop(
 
         kind = AnswerTrainer
     loop = kind(module, args=args, train_dataset=examples, data_collator=collator, eval_dataset={})
-    if loop.is_fsdp_enabled or loop.is_deepspeed_enabled:
-        raise RecipeError(
-            "the stage trainer writes whole, resumable checkpoints and cannot do so for divided weights; found "
-            f"{'FSDP' if loop.is_fsdp_enabled else 'DeepSpeed'}, expected one process or plain data parallel "
-            "(accelerate_configs/multi_gpu.yaml)"
-        )
     loop.begin(run)
     loop.add_callback(Progress(f"stage {run.stage.train}"))
     return loop
@@ -198,12 +199,13 @@ def _train(
     step = None
     if latest is not None:
         manifest = checkpoints.verify(latest, required=checkpoints.RESUMABLE, hashes=False)
-        checkpoints.compare_identity(manifest.identity, run.identity, latest, force=force)
+        _compare(manifest.identity, run.identity, latest, force)
         step = manifest.step
-    if args.should_save:
-        truncate_log(output_dir / "log.jsonl", step or 0)
-        _announce(loop, run, num_examples, step)
-    args.distributed_state.wait_for_everyone()
+    _expect_one_step(step, args, output_dir)
+    with together(args, f"writing to {output_dir}"):
+        if args.should_save:
+            truncate_log(output_dir / "log.jsonl", step or 0)
+            _announce(loop, run, num_examples, step)
     run.began = time.monotonic()
     if latest is not None and _complete(latest, loop.total_steps):
         loop._load_from_checkpoint(str(latest))
@@ -212,6 +214,42 @@ def _train(
     else:
         loop.train(resume_from_checkpoint=str(latest) if latest is not None else None)
     return step
+
+
+def _compare(stored: dict[str, str], ours: dict[str, str], where: Path, force: bool) -> None:
+    """Refuse a folder of something else. Another division of the same examples per step is no other run."""
+
+    def examples_per_step(identity: dict[str, str]) -> str:
+        return str(math.prod(int(identity.get(name, 0)) for name in DIVISION))
+
+    before, now = examples_per_step(stored), examples_per_step(ours)
+    if before != now:
+        stored, ours = {**stored, EXAMPLES_PER_STEP: before}, {**ours, EXAMPLES_PER_STEP: now}
+    elif any(stored[name] != ours[name] for name in DIVISION):
+        notice(
+            f"{where.name} was written by {stored['processes']} process(es), now there are {ours['processes']}; every "
+            f"step takes the same {now} examples, but sums in another order: the result is close, not bit for bit"
+        )
+        stored = {**stored, **{name: ours[name] for name in DIVISION}}
+    checkpoints.compare_identity(stored, ours, where, force=force)
+
+
+def _expect_one_step(step: int | None, args: Any, output_dir: Path) -> None:
+    """Every process must have found the same checkpoint, or they would train different models.
+
+    Raises:
+        CheckpointError: They did not; the folder is not the same one for all machines.
+    """
+    found = torch.tensor([-1.0 if step is None else float(step)], device=args.device)
+    steps = [found]
+    if args.world_size > 1:
+        steps = [torch.zeros_like(found) for _ in range(args.world_size)]
+        torch.distributed.all_gather(steps, found)
+    if len({float(one) for one in steps}) > 1:
+        raise CheckpointError(
+            f"{output_dir}: processes found checkpoints of different steps ({[int(one) for one in steps]}); expected "
+            "a folder that all machines share"
+        )
 
 
 def _complete(checkpoint: Path, total_steps: int) -> bool:
@@ -237,26 +275,32 @@ def _finish(loop: Any, run: StageRun, output_dir: Path, resumed: int | None) -> 
     """Restore the best state, store it as `final`, and mark the stage as done."""
     record = run.record
     record.seconds += time.monotonic() - run.began
+    loop.sharding.release()
     if run.best is not None:
         loop.trainable.load(run.best, "the best state")
     steps = int(loop.state.global_step)
     result = StageResult(
         steps, steps / loop.steps_per_epoch, record.best_metric, record.stopped_early, record.seconds, resumed
     )
-    if loop.args.should_save:
-        contents = {
-            checkpoints.TRAINABLE: pack(loop.trainable.tensors()),
-            checkpoints.STRATEGY: pack(run.strategy.state_dict()),
-            checkpoints.STAGE_STATE: pack_json(asdict(record)),
-        }
-        final = output_dir / "checkpoints" / "final"
-        checkpoints.write_folder(final, contents, step=steps, identity=run.identity)
-        write_json(output_dir / "done.json", asdict(result))
-        best = "" if record.best_metric is None else f", {run.stage.metric} {record.best_metric:.4f}"
-        early = f" (the best was step {record.best_step})" if record.best_step not in (None, steps) else ""
-        notice(f"stage {run.stage.train}: done after {steps:,} steps in {duration(record.seconds)}{best}{early}")
-    loop.accelerator.wait_for_everyone()
+    with together(loop.args, f"finishing {output_dir}"):
+        if loop.args.should_save:
+            _write_final(loop, run, output_dir, result)
     return result
+
+
+def _write_final(loop: Any, run: StageRun, output_dir: Path, result: StageResult) -> None:
+    record = run.record
+    contents = {
+        checkpoints.TRAINABLE: pack(loop.trainable.tensors()),
+        checkpoints.STRATEGY: pack(run.strategy.state_dict()),
+        checkpoints.STAGE_STATE: pack_json(asdict(record)),
+    }
+    final = output_dir / "checkpoints" / "final"
+    checkpoints.write_folder(final, contents, step=result.steps, identity=run.identity)
+    write_json(output_dir / "done.json", asdict(result))
+    best = "" if record.best_metric is None else f", {run.stage.metric} {record.best_metric:.4f}"
+    early = f" (the best was step {record.best_step})" if record.best_step not in (None, result.steps) else ""
+    notice(f"stage {run.stage.train}: done after {result.steps:,} steps in {duration(record.seconds)}{best}{early}")
 
 
 def _finished(output_dir: Path, module: StageModule, identity: dict[str, str], force: bool) -> StageResult | None:
@@ -270,7 +314,7 @@ def _finished(output_dir: Path, module: StageModule, identity: dict[str, str], f
     except (CheckpointError, ValueError, TypeError) as error:
         notice(f"{marker} says done, but the final weights cannot be used: {error}")
         return None
-    checkpoints.compare_identity(manifest.identity, identity, final, force=force)
+    _compare(manifest.identity, identity, final, force)
     tensors = unpack(final / checkpoints.TRAINABLE)
     # What belongs to the strategy alone is not needed once training is over.
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}

@@ -7,8 +7,10 @@ adapter_config.json, which is how `load_tuner` finds the file again.
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -81,8 +83,17 @@ def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
     Returns:
         The PeftModel.
     """
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    with _old_name():
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     return accept_arguments(wrapped)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _old_name() -> Iterator[None]:
+    # peft 0.21 asks transformers 5.23 for `is_activation_checkpointing` by its old name, and every model warns.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def accept_arguments(model: PeftModel) -> PeftModel:
@@ -113,7 +124,14 @@ def load_tuner(base: nn.Module, folder: str | Path, is_trainable: bool = False) 
     peft_type = _read_peft_type(folder)
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         _import_tuner(peft_type, folder)
-    model = accept_arguments(PeftModel.from_pretrained(base, folder, is_trainable=is_trainable))
+    try:
+        with _old_name():
+            model = accept_arguments(PeftModel.from_pretrained(base, folder, is_trainable=is_trainable))
+    except RuntimeError as error:  # sizes differ
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit this base model ({' '.join(str(error).split())[:200]}); expected the "
+            "model it was trained on, its token embeddings resized as they were then"
+        ) from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
         found = set(stored.keys())

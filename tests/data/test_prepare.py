@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import random
-import sys
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +13,7 @@ from llmrec.data.dataset import InteractionDataset
 from llmrec.data.filters import parse_positive
 from llmrec.data.prepare import Preparation, PrepareOptions, connect, prepare, prepare_tables
 from llmrec.data.schema import SPLITS
-from llmrec.data.sources.base import RawTables
-from llmrec.errors import DataError, DependencyError, RecipeError
+from llmrec.errors import DataError, RecipeError
 from tests.data.tables import histories, prepared, prepared_parquet, raw_tables
 
 RATED = ("user_key", "item_key", "timestamp", "rating")
@@ -185,11 +182,6 @@ class TestOptions:
         with pytest.raises(RecipeError, match=next(iter(wrong))):
             PrepareOptions(**wrong)
 
-    def test_a_missing_engine_names_its_extra(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "pyspark.sql", None)
-        with pytest.raises(DependencyError, match=r"llmrec\[spark\]"), connect("spark"):
-            pass
-
     def test_options_reach_a_generated_source(self):
         dataset = prepare("synthetic", PrepareOptions(source_options={"users": 30, "items": 20, "seed": 4}))
         assert dataset.num_users == 30 and dataset.num_items <= 20
@@ -356,23 +348,3 @@ def test_shuffling_real_events_changes_nothing_where_times_differ():
     first = prepared(rows, min_user=3, min_item=3)
     random.Random(2).shuffle(rows)
     assert prepared(rows, min_user=3, min_item=3).fingerprint == first.fingerprint
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["leave_one_out", "user_80_10_10", "temporal_80_10_10"])
-def test_spark_gives_the_same_data_set(rule, tmp_path, monkeypatch):
-    pytest.importorskip("pyspark")
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-    with connect() as connection:
-        pq.write_table(
-            connection.to_pyarrow(raw_tables(histories([12] * 30)).interactions), tmp_path / "events.parquet"
-        )
-    made = []
-    for engine in ("duckdb", "spark"):
-        with connect(engine) as connection:
-            raw = RawTables(connection.read_parquet(str(tmp_path / "events.parquet")), None)
-            options = PrepareOptions(min_user=3, min_item=3, repeats="last", max_items=35, split=rule, seed=1)
-            made.append(prepare_tables(raw, options, "n", connection))
-    assert made[0].fingerprint == made[1].fingerprint
-    assert made[0].meta.counts == made[1].meta.counts
-    assert made[0].interactions.schema == made[1].interactions.schema

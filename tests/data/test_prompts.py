@@ -97,6 +97,26 @@ def test_slots_follow_their_titles_whatever_the_order_in_the_template():
         assert [s.item_id for s in segments if isinstance(s, SlotRef) and s.kind == "user"] == [USER_SLOT]
 
 
+@pytest.mark.parametrize("name", ["movie", "book", "game", "music", "product"])
+def test_leading_slots_stand_in_front_of_their_titles_and_leave_the_text_alone(name):
+    template = PromptTemplate.load(f"next_item/{name}")
+    lists = ([(1, "A"), (2, "B")], [(3, "C"), (1, "A")])
+    for variant in template.variants:
+        behind = render_next_item(template, variant, *lists, user_slot=True)
+        leading = render_next_item(template, variant, *lists, user_slot=True, slot_position="before")
+        assert segments_to_text(leading) == segments_to_text(behind)
+        assert [part for part in leading if isinstance(part, SlotRef)] == [p for p in behind if isinstance(p, SlotRef)]
+        for slot, title in zip(leading, leading[1:], strict=False):
+            if isinstance(slot, SlotRef) and slot.kind != "user":
+                assert title == " " + "?ABC"[slot.item_id]  # a piece of its own: the tokens it has as an answer
+
+
+def test_a_leading_slot_takes_no_blank_that_is_not_there():
+    marks = SlotMarks("before")
+    text = "(" + marks.item_entry("A", 1, "history") + "," + marks.item_entry("", 2, "history") + ")"
+    assert marks.split(text) == ["(", SlotRef(1, "history"), "A", ",", SlotRef(2, "history"), ")"]
+
+
 def test_a_title_cannot_imitate_a_slot():
     marks = SlotMarks()
     real = marks.mark(7, "history")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llmrec.errors import CheckpointError, DependencyError, RecipeError
-from llmrec.llm import loading
+from llmrec.errors import CheckpointError, RecipeError
 from llmrec.llm.loading import (
     base_identity,
     choose_dtype,
     fast_bfloat16,
     load_language_model,
     module_fingerprint,
+    own_device,
     tensor_fingerprint,
 )
 from tests.llm.tiny import llama, recommender, tokenizer
@@ -58,6 +57,15 @@ def test_dtypes(folder: Path, dtype: Any, expected: torch.dtype) -> None:
         choose_dtype("float16")  # type: ignore[arg-type]
 
 
+def test_a_rank_computes_on_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert own_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert own_device() == torch.device("cpu")
+
+
 def test_the_first_layers_are_kept_unchanged(folder: Path) -> None:
     model, _ = load_language_model(folder, dtype="float32", num_layers=1)
     whole = llama()
@@ -86,21 +94,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_language_model(tmp_path)
     with pytest.raises(CheckpointError, match="nobody/no-such-model"):
         load_language_model("nobody/no-such-model")
-
-
-def test_quantised_weights_need_their_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.util, "find_spec", lambda name: None)
-    with pytest.raises(DependencyError, match=r"llmrec\[quant\]"):
-        load_language_model(folder, quantize="4bit")
-    with pytest.raises(RecipeError, match="4bit, 8bit or nothing"):
-        load_language_model(folder, quantize="2bit")  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)")
-def test_quantised_weights_keep_the_identity(folder: Path) -> None:
-    plain, small = load_language_model(folder)[0], load_language_model(folder, quantize="4bit")[0]
-    assert base_identity(plain).same_weights(base_identity(small))
-    assert base_identity(small).linears is None
 
 
 def test_identity_sees_weights_and_layers_but_neither_dtype_nor_adapter() -> None:

@@ -94,6 +94,24 @@ def test_user_slot_holds_the_projected_state() -> None:
     torch.testing.assert_close(model.embed(given)[place], expected)  # type: ignore[operator, attr-defined]
 
 
+def test_a_slot_can_hold_the_encoders_score_beside_the_vector() -> None:
+    model = recommender("hybrid", slot_content="score")
+    given = model.collate(rows(HISTORIES))
+    scores = model.encoder.score_items(given)[:, 1:]
+    for row, history in enumerate(HISTORIES):
+        z = (scores[row] - scores[row].mean()) / scores[row].std()
+        items = torch.tensor(history)
+        vectors = model.item_table[items] * model.item_table[1:].pow(2).mean().rsqrt()
+        weight = model.d_item**0.5 / 2
+        expected = model.projector(torch.cat([vectors, weight * z[items - 1, None]], dim=-1))  # type: ignore[operator, attr-defined]
+        found = model.embed(given)[row][given["item_slots"][row] > 0]  # type: ignore[operator, attr-defined]
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(RecipeError, match="expected item or score for hybrid"):
+        recommender("hybrid", slot_content="state")
+    with pytest.raises(RecipeError, match="expected item or state or both for item_slots"):
+        recommender("item_slots", slot_content="score")
+
+
 def test_precomputed_gates_win() -> None:
     model = recommender("text", trained=True)
     given = made(model)

@@ -1,0 +1,185 @@
+"""Cases of test_distributed.py: stages of small recipes, under every launcher that runs on a processor.
+
+A case is "LAUNCHER-TASK" or "LAUNCHER-TASK-resume". One process and several see the same rows in the same global batches,
+without dropout, so their losses must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from llmrec import discovery
+from llmrec.recipe import Recipe, StageSpec, parse_recipe
+from llmrec.run_dir import RunDir
+from llmrec.training import stages
+from llmrec.training.trainer import train_stage
+from tests.runs import ROOT, prompted_recipe, small_recipe
+
+STEPS = 30
+BATCH = {"encoder": 32, "item_slots": 32, "hybrid": 16, "text": 16}
+PREPARED: dict[str, tuple[Recipe, RunDir, Any]] = {}
+# Asked for by the recipe and not by a profile; every weight is divided, where the default spares small ones.
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+         **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")}  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Data sets of all tasks; 61 and 41 users, so that the last batch of an epoch cannot be halved."""
+    for task in BATCH:
+        recipe = _recipe(task)
+        run_dir = RunDir(folder / f"data-{task}")
+        PREPARED[task] = recipe, run_dir, stages.prepare_dataset(recipe, run_dir, lambda line: None)
+
+
+def _recipe(task: str) -> Recipe:
+    if task in ("encoder", "item_slots"):
+        users = "dataset.options={users: 61, items: 30, events_per_user: 8}"
+        return small_recipe("ilora", users, "encoder.dropout=0.0", "tuner.lora_dropout=0.0", "prompt.slot_content=both")
+    raw = prompted_recipe(task, **({"curriculum": True} if task == "hybrid" else {})).model_dump(mode="json")
+    raw["tuner"]["lora_dropout"] = 0.0
+    raw["dataset"]["options"]["users"] = 41
+    return parse_recipe(raw)
+
+
+def run(case: str, folder: Path) -> dict[str, Any]:
+    """What one process reports of a case."""
+    launcher, task, *what = case.split("-")
+    options: dict[str, Any] = {}
+    if launcher == "ddp":
+        dist.init_process_group("gloo")
+    elif launcher != "plain":
+        launched(launcher)
+    if launcher == "recipe_zero3":
+        options["deepspeed"] = ZERO3
+    return _resume(folder, task, what[1:], **options) if what else train(folder, task, **options)
+
+
+def _resume(folder: Path, task: str, changed: list[str], **options: Any) -> dict[str, Any]:
+    """Twelve steps in one go, and the same from the checkpoint of step 5: by this launcher, or by one plain process."""
+    options |= {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "save_total_limit": None}
+    whole = train(folder / "whole", task, **options)
+    if _rank() == 0:
+        shutil.copytree(folder / "whole" / "stage", folder / "cut" / "stage")
+        for name in ("checkpoint-10", "checkpoint-12", "final"):
+            shutil.rmtree(folder / "cut" / "stage" / "checkpoints" / name)
+        (folder / "cut" / "stage" / "done.json").unlink()
+    if _world() > 1:
+        dist.barrier()
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        again = train(folder / "cut", task, **options)
+    return {"whole": whole, "again": again, "said": said.getvalue()}
+
+
+def train(folder: Path, task: str, **options: Any) -> dict[str, Any]:
+    """Train a stage; its losses, and from the first process its weights in FOLDER/weights.safetensors."""
+    recipe, run_dir, dataset = PREPARED[task]
+    run = stages.Run(recipe, run_dir, dataset, print)
+    stages._make_encoder(run)
+    part = run.encoder
+    if task != "encoder":
+        stages._make_model(run)
+        part = run.model
+    prompted = task in ("hybrid", "text")
+    examples, collator = stages._prompted_data(run, recipe.stages[-1]) if prompted else stages._dense_data(run, part)
+    settings: dict[str, Any] = {
+        "train": "encoder" if task == "encoder" else "tuner", "max_steps": STEPS, "learning_rate": 3e-3,
+        "per_device_train_batch_size": BATCH[task] // _world(), "warmup_steps": 2, "logging_steps": 1,
+        "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 6, "weight_decay": 0.01,
+    }  # fmt: skip
+    result = train_stage(
+        part,
+        discovery.build("strategy", "next_item", {}),
+        examples,
+        collator,
+        stage=StageSpec(**{**settings, **options}),
+        output_dir=folder / "stage",
+        seed=7,
+        context=dataset.context(),
+        evaluate=lambda: _measure(part, examples, collator, task),
+        identity={"data": "d"},
+    )
+    return {"resumed_from": result.resumed_from, "steps": result.steps, **_report(folder, part)}
+
+
+@torch.no_grad()
+def _measure(part: Any, examples: Any, collator: Any, task: str) -> dict[str, float]:
+    """A number that depends on the weights. Processes run the model a different number of times."""
+    batch = collator([examples[row] for row in range(4)])
+    for _ in range(1 + _rank()):
+        if task in ("hybrid", "text"):
+            value = part.answer_loss(batch)
+        else:
+            value = part.score_items(batch)[:, 1:].logsumexp(-1).mean()
+    return {"ndcg@10": float(value)}
+
+
+def _report(folder: Path, part: Any) -> dict[str, Any]:
+    if _rank() == 0:
+        kept = {name: p.detach().contiguous().clone() for name, p in part.named_parameters() if p.requires_grad}
+        save_file(kept, folder / "weights.safetensors")
+        part.save_pretrained(folder / "model")
+    lines = [json.loads(line) for line in (folder / "stage" / "log.jsonl").read_text().splitlines()]
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "norms": [line["grad_norm"] for line in lines if "grad_norm" in line],
+        "metrics": [line["eval_ndcg@10"] for line in lines if "eval_ndcg@10" in line],
+        "whole_and_plain": all(type(p) is nn.Parameter and p.numel() for p in part.parameters()),
+        "wrapped_classes": sorted({type(m).__name__ for m in part.modules() if type(m).__name__.startswith("FSDP")}),
+        "norm_of_the_base": sum(float(p.detach().double().norm()) for p in part.parameters() if not p.requires_grad),
+    }
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched(profile: str) -> None:
+    """Set the environment `accelerate launch` sets for a profile, in float32; none for "recipe_zero3".
+
+    Accelerate divides weights over accelerators only, so it is told that the gloo processes are such; everything behind
+    that question is the real thing.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if profile != "recipe_zero3":
+        os.environ.update(_environment(profile))
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    answer = ("gloo", DistributedType.MULTI_XPU)
+    PartialState._prepare_backend = lambda *args, **kwargs: answer  # type: ignore[method-assign, assignment]
+    if "zero" in profile:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    else:
+        dist.init_process_group("gloo")
+
+
+def _environment(profile: str) -> dict[str, str]:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    config = ROOT / "accelerate_configs" / f"{profile}.yaml"
+    words = ["--config_file", str(config), "--num_processes", str(_world()), "--mixed_precision", "no", "script.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    fields = ",".join(defaults.deepspeed_config)
+    args = Namespace(**{**vars(args), "main_process_port": 0, "deepspeed_fields_from_accelerate_config": fields})
+    made = prepare_deepspeed_cmd_env(args)[1] if profile.startswith("zero") else prepare_multi_gpu_env(args)
+    return {name: value for name, value in made.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
