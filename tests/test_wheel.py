@@ -96,7 +96,7 @@ def test_constraints_fulfil_the_declared_ranges() -> None:
     pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
     declared = list(project["dependencies"])
-    for extra in ("gguf", "report", "test", "text", "vision"):
+    for extra in ("deepspeed", "gguf", "quant", "report", "test", "text", "vision"):
         declared += project["optional-dependencies"][extra]
     for line in declared:
         requirement = Requirement(line)

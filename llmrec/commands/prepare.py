@@ -44,7 +44,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="leave_one_out (default), temporal_80_10_10, user_80_10_10, gap_30 (any gap_N) or given",
     )
     parser.add_argument("--on-bad-rows", choices=("stop", "quarantine"), default="stop", help="what to do with them")
-    parser.add_argument("--engine", choices=("duckdb", "spark"), default="duckdb", help="where tables are computed")
+    parser.add_argument(
+        "--engine",
+        choices=("duckdb", "spark"),
+        default="duckdb",
+        help="where tables are computed (spark needs Java 17)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of user_80_10_10 (default: 0)")
     parser.add_argument("--name", help="name of the data set (default: that of the source)")
 

@@ -296,6 +296,7 @@ class Zero(Divided):
 
         base = self._zero.optimizer
         kept = base.state.get(self._flat()[0], {})  # all parts have the same entries
+        self._link()
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
         for index, parameter in enumerate(self._parameters):
@@ -327,8 +328,7 @@ class Zero(Divided):
         example = next(iter(by_parameter.values()))
         for flat in self._flat():
             base.state[flat] = {name: _empty(name in shaped, value, flat) for name, value in example.items()}
-        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
-            self._zero._lazy_init_hp_params_optimizer_state()  # ZeRO 1 and 2 link the parts after their first step
+        self._link()
         for index, values in by_parameter.items():
             for name in shaped & values.keys():
                 safe_set_full_optimizer_state(self._parameters[index], values[name].to(self.loop.args.device), name)
@@ -352,6 +352,12 @@ class Zero(Divided):
         self._engine.destroy()
         _replace_parameters(self.loop.model, lambda parameter: values[id(parameter)])
         self.loop.model_wrapped, self.loop.deepspeed = self.loop.model, None
+
+    def _link(self) -> None:
+        """Let ZeRO 1 and 2 find the state of each parameter. DeepSpeed itself does so once, after the first group."""
+        if not hasattr(self._zero, "parameter_offload"):
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _flat(self) -> list[Tensor]:
         """What the optimizer inside ZeRO works on: this process's part of each group."""
