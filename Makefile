@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
-EXTRAS ?= gguf,quant,report,test,text,vision
+EXTRAS ?= deepspeed,gguf,quant,report,test,text,vision
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.llmrec-installed
 

@@ -4,7 +4,7 @@
 |---|---|
 | 1 kill -9 during save, then rerun | tests/training/test_resume.py::test_killed_at_six_moments tests/training/test_resume.py::test_killed_at_more_moments tests/training/test_stages.py::test_a_killed_run_goes_on_to_the_same_weights |
 | 2 corrupt the newest checkpoint | tests/training/test_resume.py::test_a_damaged_checkpoint_falls_back tests/training/test_resume.py::test_all_damaged_starts_again tests/training/test_resume.py::test_damaged_final_weights_are_made_again |
-| 3 fill the disk | tests/training/test_resume.py::test_a_full_disk_keeps_the_previous_checkpoint |
+| 3 fill the disk | tests/training/test_disk.py::test_at_a_file_of_a_checkpoint |
 | 4 run twice, compare hashes | tests/training/test_stages.py::test_two_runs_of_one_recipe_have_the_same_bytes |
 | 5 wrong key in YAML | tests/test_recipe.py::test_mistakes_are_named_with_their_line tests/test_recipe.py::test_overrides_that_cannot_be |
 | 6 `1e-4` in YAML | tests/test_recipe.py::test_scientific_notation_is_a_number |

@@ -35,6 +35,7 @@ from llmrec.data.schema import Ranking
 from llmrec.errors import DataError, RecipeError
 from llmrec.llm.decoding import TitleIndex
 from llmrec.llm.packing import check_isolation, packed_states
+from llmrec.llm.projector import ItemProjector
 from llmrec.llm.recommender import LLMRecommender, RecommenderOptions, latest
 from llmrec.llm.rendering import PromptRenderer
 from llmrec.llm.scoring import Prefilled, answer_log_probs, pad_answers, prefill
@@ -99,7 +100,7 @@ class PromptRecommender(LLMRecommender):
         self._titles: TitleIndex | None = None
         self._text_now = False
 
-    def _new_item_projector(self) -> nn.Module:
+    def _new_item_projector(self) -> ItemProjector:
         if self.options.slot_content == "item":
             return self._new_projector(self.d_item, self.item_table)
         if self.encoder is None:
@@ -108,7 +109,7 @@ class PromptRecommender(LLMRecommender):
         probe = self._with_scores(self.item_table, scores.to(self.item_table.device))
         return self._new_projector(self.d_item + 1, probe)
 
-    def _new_user_projector(self) -> nn.Module:
+    def _new_user_projector(self) -> ItemProjector:
         if self.encoder is None:
             raise RecipeError(
                 "prompt.slots: found user but no encoder; expected the encoder whose state fills the slot"

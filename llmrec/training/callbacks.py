@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrec.strategies.base import StepInfo
+from llmrec.training.checkpoints import writing
 from llmrec.training.states import derived_generator
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class JsonLog(TrainerCallback):
         """Append what the trainer logs, but its closing summary: run times stand in done.json."""
         if state.is_world_process_zero and "train_runtime" not in shared["logs"]:
             line = json.dumps({"step": state.global_step, **shared["logs"]})
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 

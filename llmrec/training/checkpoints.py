@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -72,22 +73,39 @@ def write_folder(folder: Path, contents: Mapping[str, bytes], *, step: int, iden
     Raises:
         CheckpointError: The disk is full or refuses; earlier folders are as they were.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"tmp-{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        files = {}
-        for name, data in contents.items():
-            _write_bytes(partial / name, data)
-            files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write_bytes(partial / MANIFEST, _manifest_text(step, files, identity).encode())
-        _flush_folder(partial)
-        _take_place(partial, folder)
-    except OSError as error:
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            files = {}
+            for name, data in contents.items():
+                _write_bytes(partial / name, data)
+                files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            _write_bytes(partial / MANIFEST, _manifest_text(step, files, identity).encode())
+            _flush_folder(partial)
+            _take_place(partial, folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what a full or refusing disk means for a run.
+
+    Args:
+        path: What is written inside.
+
+    Raises:
+        CheckpointError: Instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
         raise CheckpointError(
-            f"{folder} could not be written: {error}; earlier checkpoints are as they were. "
+            f"{path} could not be written: {error}; earlier checkpoints are as they were. "
             "Free some space or mend the permissions, and start the same command again: it goes on from there"
         ) from error
 

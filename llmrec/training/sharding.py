@@ -250,8 +250,10 @@ class Zero(Divided):
         # DeepSpeed's bf16 casts the whole module, frozen encoder and item table included. Autocast does not.
         self._autocast = torch.bfloat16 if _enabled(config, "bf16") else None
         config["bf16"] = {"enabled": False}
-        plugin.hf_ds_config._dtype = torch.float32
         config["gradient_clipping"] = float(self.loop.args.max_grad_norm or 0.0)
+        known = plugin.hf_ds_config  # transformers has compared the file with the stage's arguments before
+        known._dtype = torch.float32
+        known.mismatches = [line for line in known.mismatches if "bf16" not in line and "gradient_clipping" not in line]
         count = sum(parameter.numel() for parameter in self.loop.model.parameters() if parameter.requires_grad)
         zero.setdefault("reduce_bucket_size", max(count, 1))  # the default buffer holds 500 million numbers
 

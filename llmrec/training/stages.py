@@ -23,6 +23,7 @@ from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
+from llmrec.llm.loading import own_device
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
 from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
 from llmrec.run_dir import RunDir, write_json, write_text
@@ -59,8 +60,8 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where models live."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Where models live: the accelerator of this process, or the processor."""
+        return own_device()
 
     def seed_of(self, part: str) -> int:
         """Seed of one part of the run, derived from the recipe's seed and the part's name."""

@@ -297,7 +297,8 @@ def _write_final(loop: Any, run: StageRun, output_dir: Path, result: StageResult
     }
     final = output_dir / "checkpoints" / "final"
     checkpoints.write_folder(final, contents, step=result.steps, identity=run.identity)
-    write_json(output_dir / "done.json", asdict(result))
+    with checkpoints.writing(output_dir / "done.json"):
+        write_json(output_dir / "done.json", asdict(result))
     best = "" if record.best_metric is None else f", {run.stage.metric} {record.best_metric:.4f}"
     early = f" (the best was step {record.best_step})" if record.best_step not in (None, result.steps) else ""
     notice(f"stage {run.stage.train}: done after {result.steps:,} steps in {duration(record.seconds)}{best}{early}")

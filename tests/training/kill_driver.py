@@ -1,7 +1,10 @@
-"""Kills training processes at given moments and resumes them; run as a program by test_resume.py.
+"""Kills training processes at given or random moments and resumes them; run as a program by test_resume.py.
+
+    python -m tests.training.kill_driver FOLDER [more]
+    python -m tests.training.kill_driver FOLDER random PROCESSES
 
 torch is imported once; every attempt is a fork of this process, which itself never trains. Prints one JSON object:
-moment -> {"status", "resumed_from", "same", ...}.
+moment -> {"status", "resumed_from", "same", ...}, or what `at_random` returns.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from llmrec.training import checkpoints, trainer
+from tests.training.processes import fork_group
 from tests.training.small import TinyStrategy, make_stage, run_stage, same, weights
 
 
@@ -104,26 +109,123 @@ MORE_MOMENTS: dict[str, Callable[[], TinyStrategy]] = {
 
 def fork(work: Callable[[], None], log: Path) -> int:
     """Run in a child; its exit status (negative: the signal that killed it)."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            os.dup2(file.fileno(), 2)
-        work()
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    finally:
-        os._exit(status)
+    return fork_group([work], [log], together=False)[0]
 
 
 def train(folder: Path, plan: Callable[[], TinyStrategy] = TinyStrategy) -> None:
     """Train, and store what it ended with."""
-    result, model, strategy = run_stage(folder, strategy=plan(), stage=make_stage())
-    save_file(weights(model, strategy), folder / "end.safetensors")
-    (folder / "end.json").write_text(json.dumps({"resumed_from": result.resumed_from, "steps": result.steps}))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        torch.distributed.init_process_group("gloo")
+    stage = make_stage(per_device_train_batch_size=4 // processes)
+    result, model, strategy = run_stage(folder, strategy=plan(), stage=stage)
+    if os.environ.get("RANK", "0") == "0":
+        save_file(weights(model, strategy), folder / "end.safetensors")
+        (folder / "end.json").write_text(json.dumps({"resumed_from": result.resumed_from, "steps": result.steps}))
+
+
+# Random moments ------------------------------------------------------------------------------------------------------
+
+
+class Ticks:
+    """Counts moments of a run, and dies at one of them: before a loss, a file, a rename, a rotation, the last mark.
+
+    Args:
+        folder: Of the run; each checkpoint that got its name is noted in it.
+        last: Number of the moment to die at; None to live.
+        share: How much of a file is written when it is the moment.
+    """
+
+    def __init__(self, folder: Path, last: int | None = None, share: float = 0.0) -> None:
+        self.folder, self.last, self.share, self.count = folder, last, share, 0
+
+    def __call__(self, before_death: Callable[[], object] = lambda: None) -> None:
+        self.count += 1
+        if self.count == self.last:
+            before_death()
+            kill()
+
+    def plan(self) -> TinyStrategy:
+        """Watch the functions of a run; returns the strategy to train with."""
+        write, take = checkpoints._write_bytes, checkpoints._take_place
+
+        def watched_write(path: Path, data: bytes) -> None:
+            self(lambda: path.write_bytes(data[: int(self.share * len(data))]))
+            write(path, data)
+
+        def watched_take(partial: Path, folder: Path) -> None:
+            self()
+            take(partial, folder)
+            with open(self.folder / "named.txt", "a", encoding="utf-8") as file:
+                file.write(f"{folder.name}\n")
+            self()
+
+        checkpoints._write_bytes, checkpoints._take_place = watched_write, watched_take
+        for module, name in ((checkpoints, "rotate"), (trainer, "write_json")):
+            setattr(module, name, self._watched(getattr(module, name)))
+        return _TickingStrategy(self)
+
+    def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self()
+            return function(*args, **kwargs)
+
+        return watched
+
+
+class _TickingStrategy(TinyStrategy):
+    def __init__(self, ticks: Ticks) -> None:
+        super().__init__()
+        self.ticks = ticks
+
+    def loss(self, model: Any, batch: Any, step: Any) -> Any:
+        self.ticks()
+        return super().loss(model, batch, step)
+
+
+def counted(folder: Path) -> None:
+    """An undisturbed run that stores how many moments each of its processes has."""
+    ticks = Ticks(folder)
+    folder.mkdir(exist_ok=True)
+    train(folder, ticks.plan)
+    (folder / f"ticks-{os.environ.get('RANK', '0')}.json").write_text(str(ticks.count))
+
+
+def at_random(root: Path, processes: int, times: int = 20, seed: int = 2024) -> dict[str, Any]:
+    """Kill runs at random moments and resume them.
+
+    Returns:
+        "moments": process and number of each; "other_weights", "lost", "damaged": how many of the runs ended with other
+        weights, resumed from less than the last checkpoint that had got its name, or left a damaged one.
+    """
+    names = range(processes)
+    reference = root / "reference"
+    statuses = fork_group([lambda: counted(reference)] * processes, [root / f"reference-{n}.txt" for n in names])
+    assert not any(statuses), (root / "reference-0.txt").read_text()
+    totals = [int((reference / f"ticks-{rank}.json").read_text()) for rank in names]
+    expected = load_file(reference / "end.safetensors")
+    draws = np.random.default_rng([seed, processes])
+    found: dict[str, Any] = {"moments": [], "other_weights": 0, "lost": 0, "damaged": 0}
+    for number in range(times):
+        victim, folder = int(draws.integers(processes)), root / str(number)
+        moment, share = int(draws.integers(1, totals[victim] + 1)), float(draws.random())
+        folder.mkdir()
+        logs = [root / f"{number}-{rank}.txt" for rank in names]
+        ticks = [Ticks(folder, moment if rank == victim else None, share) for rank in names]
+        works = [lambda ticks=one, folder=folder: train(folder, ticks.plan) for one in ticks]  # type: ignore[misc]
+        statuses = fork_group(works, logs)
+        assert statuses[victim] == -signal.SIGKILL, (statuses, logs[victim].read_text())
+        named = (folder / "named.txt").read_text().split() if (folder / "named.txt").exists() else []
+        steps = [int(name.removeprefix("checkpoint-")) for name in named if name.startswith("checkpoint-")]
+        statuses = fork_group([lambda folder=folder: train(folder)] * processes, logs)  # type: ignore[misc]
+        assert not any(statuses), logs[0].read_text()
+        resumed = json.loads((folder / "end.json").read_text())["resumed_from"]
+        found["moments"].append([victim, moment, resumed])
+        found["other_weights"] += not same(expected, load_file(folder / "end.safetensors"))
+        found["lost"] += (resumed or 0) < max(steps, default=0)
+        found["damaged"] += "passed over" in logs[0].read_text()
+        shutil.rmtree(folder)
+    return found
 
 
 def main(root: Path, moments: dict[str, Callable[[], TinyStrategy]]) -> None:
@@ -151,4 +253,9 @@ def main(root: Path, moments: dict[str, Callable[[], TinyStrategy]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), MORE_MOMENTS if "more" in sys.argv else MOMENTS)
+    if "random" in sys.argv:
+        torch.set_num_threads(1)
+        gc.freeze()
+        print(json.dumps(at_random(Path(sys.argv[1]), int(sys.argv[3]))))
+    else:
+        main(Path(sys.argv[1]), MORE_MOMENTS if "more" in sys.argv else MOMENTS)

@@ -111,8 +111,8 @@ def train(folder: Path, task: str, **options: Any) -> dict[str, Any]:
     examples, collator = data
     settings: dict[str, Any] = {
         "train": "encoder" if task == "encoder" else "tuner", "max_steps": STEPS, "learning_rate": 3e-3,
-        "per_device_train_batch_size": int(options.pop("batch", BATCH[task])) // _world(), "warmup_steps": 2, "logging_steps": 1,
-        "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 6, "weight_decay": 0.01,
+        "per_device_train_batch_size": int(options.pop("batch", BATCH[task])) // _world(), "warmup_steps": 2,
+        "logging_steps": 1, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 6, "weight_decay": 0.01,
     }  # fmt: skip
     result = train_stage(
         part,
@@ -181,8 +181,12 @@ def bare_loop(folder: Path, zero: int | None) -> dict[str, Any]:
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
         Divided.before_wrapping(SimpleNamespace(loop=SimpleNamespace(model=module), _single=[]))  # type: ignore[arg-type]
-        config = {"train_micro_batch_size_per_gpu": BATCH["item_slots"] // _world(), "zero_allow_untested_optimizer": True,
-                  "zero_optimization": {**ZERO3["zero_optimization"], "stage": zero}}  # type: ignore[dict-item]
+        config = {
+            "train_micro_batch_size_per_gpu": BATCH["item_slots"] // _world(),
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # DeepSpeed's default is 1
+            "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
+        }
         step, optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     losses = []
     for number in range(STEPS):
@@ -241,8 +245,8 @@ def _environment(profile: str) -> dict[str, str]:
     profile, _, precision = profile.partition("_")
     precision = precision or "no"
     config = ROOT / "accelerate_configs" / f"{profile}.yaml"
-    words = ["--config_file", str(config), "--num_processes", str(_world()), "--mixed_precision", precision, "script.py"]
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    words = ["--config_file", str(config), "--num_processes", str(_world()), "--mixed_precision", precision]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))
     fields = ",".join(defaults.deepspeed_config)
     args = Namespace(**{**vars(args), "main_process_port": 0, "deepspeed_fields_from_accelerate_config": fields})
     made = prepare_deepspeed_cmd_env(args)[1] if profile.startswith("zero") else prepare_multi_gpu_env(args)

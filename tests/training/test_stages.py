@@ -219,8 +219,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(ilora: tuple[Path, dict[str, A
 
     more = ("stages.0.num_train_epochs=3", "stages.1.num_train_epochs=3")
     train("ilora", tmp_path / "whole", *more)
-    moments = ["stages/1-encoder/checkpoints/checkpoint-*", "encoder/model.safetensors",
-               "stages/2-tuner/checkpoints/checkpoint-*"]  # fmt: skip
+    moments = ["dataset/meta.json", "stages/1-encoder/checkpoints/checkpoint-*", "encoder/model.safetensors",
+               "stages/2-tuner/checkpoints/checkpoint-*", "model/recommender.json"]  # fmt: skip
     for number, place in enumerate(moments):
         out = tmp_path / f"killed-{number}"
         _kill_when(words("ilora", out, *more), out, inside(place))
