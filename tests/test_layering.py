@@ -48,7 +48,7 @@ ONLY_IN = {
     "peft": {"tuners", "llm"},
     "trl": {"training"},
     "PIL": {"data.item_images", "llm.vision"},
-    "deepspeed": {"training.sharding"},
+    "deepspeed": {"training.zero"},
     "bitsandbytes": set(),
 }
 TORCH_AT_RUN_TIME_IN_DATA = {"data.sequences", "data.instructions"}

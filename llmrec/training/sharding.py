@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmrec.errors import RecipeError
 from llmrec.strategies.base import TrainingStrategy
-from llmrec.training.states import check_groups, load_optimizer, optimizer_files
+from llmrec.training.states import load_optimizer, optimizer_files
 
 Files = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -127,8 +127,13 @@ class Divided(Sharding):
     def _as_it_was(self, parameter: Tensor, value: Tensor) -> Tensor:
         return value.reshape(()) if id(parameter) in self._single_ids else value
 
-    def _refuse_hooks(self, wrapper: str) -> None:
-        """A strategy's hooks read the model between steps, when it holds no whole weights."""
+    def _refuse_unfit(self, wrapper: str) -> None:
+        """Refuse quantised weights, and hooks that read the model between steps, when it holds no whole weights."""
+        if not all(parameter.is_floating_point() for parameter in self.loop.model.parameters()):
+            raise RecipeError(
+                f"llm.quantize: {wrapper} would divide quantised weights, which is not supported; use data parallel "
+                "(accelerate_configs/multi_gpu.yaml), or weights that are not quantised"
+            )
         own = type(self.loop.strategy)
         for name in ("on_step_end", "on_epoch_start"):
             if getattr(own, name) is not getattr(TrainingStrategy, name):
@@ -158,7 +163,7 @@ class Fsdp2(Divided):
                 "fsdp_cpu_ram_efficient_loading leaves every process but the first without weights, and does not know "
                 "stored buffers such as the item table; set it to false"
             )
-        self._refuse_hooks("FSDP 2")
+        self._refuse_unfit("FSDP 2")
         # Projectors and routers compute in float32 on purpose; autocast takes care of the rest.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
@@ -169,14 +174,14 @@ class Fsdp2(Divided):
         """See the base class."""
         tensors, rest = super().optimizer_state()
         parameters = self._trained()
-        return {p: self._as_it_was(parameters[_index(p)], _full(value)) for p, value in tensors.items()}, rest
+        return {p: self._as_it_was(parameters[parameter_index(p)], _full(value)) for p, value in tensors.items()}, rest
 
     def load_optimizer(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """See the base class."""
         parameters = self._trained()
-        shaped, divided = _shaped(tensors), {}
+        shaped, divided = shaped_entries(tensors), {}
         for place, value in tensors.items():
-            like = parameters[_index(place)]
+            like = parameters[parameter_index(place)]
             divided[place] = _divide(value, like) if place.partition(".")[2] in shaped else value
         super().load_optimizer(divided, rest)
 
@@ -205,7 +210,7 @@ class Fsdp2(Divided):
         modules = _fsdp_modules(self.loop.model)
         for module in modules:
             module.reshard()
-        _replace_parameters(self.loop.model, self.gather)
+        replace_parameters(self.loop.model, self.gather)
         for module in modules:
             state = module._get_fsdp_state()
             handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
@@ -217,165 +222,6 @@ class Fsdp2(Divided):
             module.__class__ = type(module).__mro__[type(module)._orig_cls_mro_index]
 
 
-class Zero(Divided):
-    """DeepSpeed ZeRO 1, 2 or 3: gradients and optimizer state are divided, with stage 3 the weights as well."""
-
-    steps_in_backward = True
-
-    def __init__(self, loop: Any) -> None:
-        super().__init__(loop)
-        self._autocast: torch.dtype | None = None
-
-    def configure(self) -> None:
-        """Keep every weight's own type, clip as the stage says, and refuse what the stage itself decides."""
-        plugin = self.loop.accelerator.state.deepspeed_plugin
-        config = plugin.deepspeed_config
-        zero = config.get("zero_optimization", {})
-        if zero.get("stage", 0) not in (1, 2, 3):
-            raise RecipeError(
-                f"DeepSpeed: found zero stage {zero.get('stage', 0)}, expected 1, 2 or 3; plain data parallel is "
-                "accelerate_configs/multi_gpu.yaml"
-            )
-        for name in ("optimizer", "scheduler"):
-            if name in config:
-                raise RecipeError(f"DeepSpeed's configuration has a section {name!r}; the stage of the recipe names it")
-        if _enabled(config, "fp16"):
-            raise RecipeError("DeepSpeed: fp16 is not supported; expected mixed_precision: bf16 or no")
-        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-            raise RecipeError(
-                "DeepSpeed: offload_optimizer is not supported, and only adapters train: their state is small; set "
-                "offload_optimizer_device: none"
-            )
-        self._refuse_hooks("ZeRO")
-        # DeepSpeed's bf16 casts the whole module, frozen encoder and item table included. Autocast does not.
-        self._autocast = torch.bfloat16 if _enabled(config, "bf16") else None
-        config["bf16"] = {"enabled": False}
-        config["gradient_clipping"] = float(self.loop.args.max_grad_norm or 0.0)
-        known = plugin.hf_ds_config  # transformers has compared the file with the stage's arguments before
-        known._dtype = torch.float32
-        known.mismatches = [line for line in known.mismatches if "bf16" not in line and "gradient_clipping" not in line]
-        count = sum(parameter.numel() for parameter in self.loop.model.parameters() if parameter.requires_grad)
-        zero.setdefault("reduce_bucket_size", max(count, 1))  # the default buffer holds 500 million numbers
-
-    def wrapped(self, settle: Callable[[], Any]) -> None:
-        """Settle the gradients between DeepSpeed's backward and its step, which it takes in one call."""
-        super().wrapped(settle)
-        self._engine = self.loop.model_wrapped
-        self._zero = self._engine.optimizer
-        step = self._engine.step
-
-        def settled_step(*args: Any, **kwargs: Any) -> None:
-            settle()
-            step(*args, **kwargs)
-            self._zero.loss_scale = 1.0
-
-        self._engine.step = settled_step
-        self._parameters = [p for group in self.loop.parameter_plan for p in group]
-
-    def autocast_dtype(self) -> torch.dtype | None:
-        """See the base class."""
-        return self._autocast
-
-    def scale_gradients(self, factor: float) -> None:
-        """As if the loss had been scaled by 1 / factor, which the optimizer undoes before it clips."""
-        self._zero.loss_scale = 1.0 / factor
-
-    def _whole(self, parameter: Tensor) -> Tensor:
-        if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
-            return parameter.detach()  # not divided yet, or not any more
-        if not parameter.requires_grad:
-            from deepspeed.runtime.zero import GatheredParameters
-
-            with GatheredParameters([parameter]):
-                return parameter.detach().clone()
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).to(parameter.dtype)
-
-    def optimizer_state(self) -> Files:
-        """See the base class."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        base = self._zero.optimizer
-        kept = base.state.get(self._flat()[0], {})  # all parts have the same entries
-        self._link()
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, Any] = {}
-        for index, parameter in enumerate(self._parameters):
-            for name, value in kept.items():
-                if not torch.is_tensor(value):
-                    scalars[f"{index}.{name}"] = value
-                elif value.dim() == 0:
-                    tensors[f"{index}.{name}"] = value
-                else:
-                    whole = safe_get_full_optimizer_state(parameter, name)
-                    tensors[f"{index}.{name}"] = self._as_it_was(parameter, whole)
-        return tensors, {"kind": type(base).__name__, "scalars": scalars, "groups": self._groups()}
-
-    def load_optimizer(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """See the base class."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        check_groups(rest["groups"], self._groups())
-        base = self._zero.optimizer
-        for group, stored in zip(base.param_groups, rest["groups"], strict=True):
-            group.update({name: value for name, value in stored.items() if name != "params"})
-        by_parameter: dict[int, dict[str, Any]] = {}
-        for place, value in {**tensors, **rest["scalars"]}.items():
-            index, _, name = place.partition(".")
-            by_parameter.setdefault(int(index), {})[name] = value
-        if not by_parameter:
-            return
-        shaped = _shaped(tensors)
-        example = next(iter(by_parameter.values()))
-        for flat in self._flat():
-            base.state[flat] = {name: _empty(name in shaped, value, flat) for name, value in example.items()}
-        self._link()
-        for index, values in by_parameter.items():
-            for name in shaped & values.keys():
-                safe_set_full_optimizer_state(self._parameters[index], values[name].to(self.loop.args.device), name)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """See the base class."""
-        if not hasattr(self._zero, "parameter_offload"):
-            yield  # ZeRO 1 and 2 leave the weights whole
-            return
-        from deepspeed.runtime.zero import unwrap_model_for_generation
-
-        with unwrap_model_for_generation(self._engine):
-            yield
-
-    def release(self) -> None:
-        """See the base class."""
-        if not hasattr(self, "_engine"):
-            return
-        values = {id(p): self.gather(p).clone() for p in self.loop.model.parameters()}
-        self._engine.destroy()
-        _replace_parameters(self.loop.model, lambda parameter: values[id(parameter)])
-        self.loop.model_wrapped, self.loop.deepspeed = self.loop.model, None
-
-    def _link(self) -> None:
-        """Let ZeRO 1 and 2 find the state of each parameter. DeepSpeed itself does so once, after the first group."""
-        if not hasattr(self._zero, "parameter_offload"):
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _flat(self) -> list[Tensor]:
-        """What the optimizer inside ZeRO works on: this process's part of each group."""
-        if hasattr(self._zero, "parameter_offload"):
-            return list(self._zero.fp32_partitioned_groups_flat)
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups, first = [], 0
-        for group, parameters in zip(self._zero.optimizer.param_groups, self.loop.parameter_plan, strict=True):
-            options = {name: value for name, value in group.items() if name != "params"}
-            groups.append({**options, "params": list(range(first, first + len(parameters)))})
-            first += len(parameters)
-        return groups
-
-
 def choose_sharding(loop: Any) -> Sharding:
     """How the launcher of this process divides weights.
 
@@ -383,12 +229,10 @@ def choose_sharding(loop: Any) -> Sharding:
         loop: The `StageLoop`, right after its construction.
     """
     if loop.is_deepspeed_enabled:
+        from llmrec.training.zero import Zero
+
         return Zero(loop)
     return Fsdp2(loop) if loop.is_fsdp_enabled else Sharding(loop)
-
-
-def _enabled(config: Mapping[str, Any], section: str) -> bool:
-    return (config.get(section) or {}).get("enabled") in (True, "true")
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -407,20 +251,14 @@ def _divide(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _index(place: str) -> int:
+def parameter_index(place: str) -> int:
     """Number of the parameter a tensor of the optimizer's state belongs to ("3.exp_avg")."""
     return int(place.partition(".")[0])
 
 
-def _shaped(tensors: Mapping[str, Tensor]) -> set[str]:
+def shaped_entries(tensors: Mapping[str, Tensor]) -> set[str]:
     """Entries of the optimizer's state that have the parameter's shape ("exp_avg"), unlike a count of steps."""
     return {place.partition(".")[2] for place, value in tensors.items() if value.dim()}
-
-
-def _empty(shaped: bool, value: Any, flat: Tensor) -> Any:
-    if shaped:
-        return torch.zeros_like(flat, dtype=value.dtype)
-    return value.clone() if torch.is_tensor(value) else value
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
@@ -429,7 +267,7 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _replace_parameters(model: nn.Module, value_of: Callable[[Tensor], Tensor]) -> None:
+def replace_parameters(model: nn.Module, value_of: Callable[[Tensor], Tensor]) -> None:
     """Put a plain parameter with the whole value in the place of each divided one; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     kept = list(model.parameters())  # ids stay theirs until all are replaced

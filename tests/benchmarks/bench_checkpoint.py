@@ -70,10 +70,9 @@ def examples() -> SequenceExamples:
 def train(folder: Path, steps: int) -> Timed:
     """Train, or go on, with a checkpoint every two steps; the strategy knows when steps ended."""
     strategy = Timed()
-    stage = StageSpec(
-        train="tuner", max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=5e-4, save_strategy="steps",
-        save_steps=2, eval_strategy="no",
-    )  # fmt: skip
+    arguments = {"max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": 5e-4,
+                 "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}  # fmt: skip
+    stage = StageSpec.model_validate({"train": "tuner", **arguments})
     context = DataContext(ITEMS, USERS, np.ones(ITEMS + 1, dtype=np.int64), np.zeros((2, 0), dtype=np.int64))
     model = recommender()
     strategy.ends.append(time.perf_counter())
@@ -95,7 +94,7 @@ def run() -> dict[str, float]:
         save(self, *args)
         saving.append(time.perf_counter() - start)
 
-    resuming.AtomicCheckpoints._save_checkpoint = timed  # type: ignore[method-assign]
+    resuming.AtomicCheckpoints._save_checkpoint = timed  # type: ignore[method-assign, assignment]
     try:
         train(root / "warm", 1)
         fresh = [train(root / f"fresh-{n}", 6) for n in range(2)]

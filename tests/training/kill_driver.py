@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def at_random(root: Path, processes: int, times: int = 20, seed: int = 2024) -> 
     """
     names = range(processes)
     reference = root / "reference"
-    statuses = fork_group([lambda: counted(reference)] * processes, [root / f"reference-{n}.txt" for n in names])
+    statuses = fork_group([partial(counted, reference)] * processes, [root / f"reference-{n}.txt" for n in names])
     assert not any(statuses), (root / "reference-0.txt").read_text()
     totals = [int((reference / f"ticks-{rank}.json").read_text()) for rank in names]
     expected = load_file(reference / "end.safetensors")
@@ -212,12 +213,11 @@ def at_random(root: Path, processes: int, times: int = 20, seed: int = 2024) -> 
         folder.mkdir()
         logs = [root / f"{number}-{rank}.txt" for rank in names]
         ticks = [Ticks(folder, moment if rank == victim else None, share) for rank in names]
-        works = [lambda ticks=one, folder=folder: train(folder, ticks.plan) for one in ticks]  # type: ignore[misc]
-        statuses = fork_group(works, logs)
+        statuses = fork_group([partial(train, folder, one.plan) for one in ticks], logs)
         assert statuses[victim] == -signal.SIGKILL, (statuses, logs[victim].read_text())
         named = (folder / "named.txt").read_text().split() if (folder / "named.txt").exists() else []
         steps = [int(name.removeprefix("checkpoint-")) for name in named if name.startswith("checkpoint-")]
-        statuses = fork_group([lambda folder=folder: train(folder)] * processes, logs)  # type: ignore[misc]
+        statuses = fork_group([partial(train, folder)] * processes, logs)
         assert not any(statuses), logs[0].read_text()
         resumed = json.loads((folder / "end.json").read_text())["resumed_from"]
         found["moments"].append([victim, moment, resumed])
@@ -238,8 +238,8 @@ def main(root: Path, moments: dict[str, Callable[[], TinyStrategy]]) -> None:
     found = {}
     for number, (moment, plan) in enumerate(moments.items()):
         folder, log = root / str(number), root / f"{number}.txt"
-        status = fork(lambda folder=folder, plan=plan: train(folder, plan), log)
-        again = fork(lambda folder=folder: train(folder), log)
+        status = fork(partial(train, folder, plan), log)
+        again = fork(partial(train, folder), log)
         assert again == 0, log.read_text()
         found[moment] = {
             "status": status,

@@ -56,7 +56,8 @@ def _recipe(task: str) -> Recipe:
     if task in ("encoder", "item_slots"):
         users = "dataset.options={users: 61, items: 30, events_per_user: 8}"
         return small_recipe("ilora", users, "encoder.dropout=0.0", "tuner.lora_dropout=0.0", "prompt.slot_content=both")
-    raw = prompted_recipe(task, **({"curriculum": True} if task == "hybrid" else {})).model_dump(mode="json")
+    prompt: dict[str, Any] = {"curriculum": True} if task == "hybrid" else {}
+    raw = prompted_recipe(task, **prompt).model_dump(mode="json")
     raw["tuner"]["lora_dropout"] = 0.0
     raw["dataset"]["options"]["users"] = 41
     return parse_recipe(raw)
@@ -74,6 +75,8 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         launched(launcher)
     if launcher == "recipe_zero3":
         options["deepspeed"] = ZERO3
+    if task.endswith("_recomputed"):
+        task, options["activation_checkpointing"] = task.removesuffix("_recomputed"), True
     if task.endswith("_half"):  # half the examples per step
         task, options["batch"] = task.removesuffix("_half"), BATCH["item_slots"] // 2
     if not what:

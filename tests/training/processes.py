@@ -18,14 +18,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 240.0
+PATIENCE = 1800.0
 
 
 def run_cases(module: str, folder: Path, *cases: str) -> dict[str, list[Any]]:
@@ -45,7 +46,7 @@ def run_cases(module: str, folder: Path, *cases: str) -> dict[str, list[Any]]:
     return found
 
 
-def fork_group(works: list[Callable[[], None]], logs: list[Path], together: bool = True) -> list[int]:
+def fork_group(works: Sequence[Callable[[], None]], logs: Sequence[Path], together: bool = True) -> list[int]:
     """Exit statuses of processes that run at once (negative: the signal that killed one).
 
     Args:
@@ -108,6 +109,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _run_case(module: Any, name: str, folder: Path, rank: int) -> None:
+    result = module.run(name, folder / name)
+    (folder / name / f"{rank}.json").write_text(json.dumps(result))
+
+
 def main(module_name: str, folder: Path, cases: list[str]) -> int:
     """Run cases one after the other; 1 when a process failed, with its output."""
     torch.set_num_threads(1)
@@ -118,12 +124,7 @@ def main(module_name: str, folder: Path, cases: list[str]) -> int:
         (folder / name).mkdir(parents=True)
         logs = [folder / name / f"{rank}.txt" for rank in range(int(count))]
 
-        def work(rank: int, name: str = name) -> None:
-            result = module.run(name, folder / name)
-            (folder / name / f"{rank}.json").write_text(json.dumps(result))
-
-        works: list[Callable[[], None]] = [lambda rank=rank: work(rank) for rank in range(int(count))]  # type: ignore[misc]
-        statuses = fork_group(works, logs)
+        statuses = fork_group([partial(_run_case, module, name, folder, rank) for rank in range(int(count))], logs)
         if any(statuses):
             print(f"{name}: exit statuses {statuses}")
             for log in logs:

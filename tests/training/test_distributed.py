@@ -18,6 +18,7 @@ from tests.training.processes import run_cases
 Results = tuple[Path, dict[str, list[dict[str, Any]]]]
 CLOSE = 1e-5
 LAUNCHERS = ["ddp", "fsdp2", *(["zero2", "zero3", "recipe_zero3"] if find_spec("deepspeed") else [])]
+TASKS = ["encoder", "item_slots", "item_slots_recomputed", "hybrid", "text"]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed (extra deepspeed)")
 slow = pytest.mark.slow
 
@@ -74,13 +75,12 @@ def test_a_second_group_of_processes_is_refused(pairs: Results) -> None:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every task in one process, and under every launcher in two."""
     folder = tmp_path_factory.mktemp("launched") / "cases"
-    tasks = ("encoder", "item_slots", "hybrid", "text")
-    cases = [f"plain-{task}:1" for task in tasks] + [f"{name}-{task}:2" for name in LAUNCHERS for task in tasks]
+    cases = [f"plain-{task}:1" for task in TASKS] + [f"{name}-{task}:2" for name in LAUNCHERS for task in TASKS]
     return folder, run_cases("tests.training.launched", folder, *cases)
 
 
 @slow
-@pytest.mark.parametrize("task", ["encoder", "item_slots", "hybrid", "text"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_thirty_steps_are_those_of_one_process(launcher: str, task: str, launched: Results) -> None:
     compare(launched, f"plain-{task}", f"{launcher}-{task}")
