@@ -278,8 +278,9 @@ class StageLoop(AtomicCheckpoints):
     def _settle(self) -> None:
         """What processes tell each other once a step, between the last gradient and the optimizer."""
         told = [float(self._loss_sum), float(self._count), float(self.run.signal.received)]
-        totals = torch.tensor(told, device=self.args.device, dtype=torch.float64)
+        totals = torch.tensor(told, dtype=torch.float64)
         if self.args.world_size > 1:
+            totals = totals.to(self.args.device)
             torch.distributed.all_reduce(totals)
         loss, count = float(totals[0]), max(float(totals[1]), 1.0)
         self.run.signal.agreed = bool(totals[2])
