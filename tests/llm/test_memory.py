@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.utils import is_bitsandbytes_available
 
@@ -18,6 +16,7 @@ from llmrec.llm.loading import load_language_model
 from llmrec.llm.memory import MemoryEstimate, SavedStorage, Setting, estimate
 from llmrec.tuners.ilora import ILoraTuner
 from llmrec.tuners.lora import LoraTuner
+from tests.held_memory import Peak, tensor_bytes
 from tests.llm.tiny import llama, tokenizer
 
 GATE, SHAPE = 16, (4, 48)
@@ -46,18 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama(**SIZES).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
-
-
-def tensor_bytes(tensors: Any) -> int:
-    """Bytes of distinct storages, the parts of quantised weights included."""
-    found: dict[int, int] = {}
-    for tensor in tensors:
-        state = getattr(tensor, "quant_state", None)
-        parts = [tensor, *([state.absmax, state.code] if state is not None else []), getattr(tensor, "SCB", None)]
-        for part in parts:
-            if torch.is_tensor(part):
-                found[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
-    return sum(found.values())
 
 
 def forward(model: Any, dtype: torch.dtype) -> Tensor:
@@ -166,24 +153,3 @@ def test_a_large_model_is_not_made() -> None:
     quantised = estimate(config, setting(dtype=torch.bfloat16, quantize="4bit"), lambda model: attach(model, "lora"))
     assert quantised.kinds["4bit"] == pytest.approx(4 * (layer - 2 * 4096) * 0.5625, rel=1e-3)
     assert quantised.kinds["float32"] >= 4 * 9 * 4096  # norms
-
-
-class Peak(TorchDispatchMode):
-    """Largest sum of storages alive at once, those of a model left out; sampled after every operation."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._own:
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
-        return out
