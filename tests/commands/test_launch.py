@@ -94,9 +94,7 @@ def test_a_node_needs_its_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "found 7, expected 8" in launch.machine_problems(launch.read_profile("multi_node"))[2]
 
 
-def test_a_filled_in_profile_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
-) -> None:
+def test_a_filled_in_profile_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]) -> None:
     monkeypatch.setattr(launch, "count_accelerators", lambda: 8)
     with pytest.raises(RecipeError, match="machine_rank: found 2, expected a number from 0 to 1"):
         wrong = profile(tmp_path, "multi_node", main_process_ip="node0", machine_rank=2)
