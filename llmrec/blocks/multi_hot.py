@@ -1,6 +1,6 @@
 """Histories as multi-hot vectors over the catalogue.
 
-Users: `encoders.ease`, `encoders.itemknn`.
+Users: `encoders.ease` and `encoders.itemknn`, through `encoders.base.MultiHotHistories`.
 """
 
 from __future__ import annotations

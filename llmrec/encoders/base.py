@@ -10,6 +10,7 @@ Shapes: item_ids [B, L] right padded with 0, lengths [B] >= 1, hidden [B, L, d],
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
 from llmrec.blocks.readout import gather_last, top_items
 from llmrec.data.schema import Ranking
+from llmrec.errors import DataError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -208,6 +211,67 @@ class SequenceEncoder(PreTrainedModel, ABC):
     def last_state(hidden: Tensor, lengths: Tensor) -> Tensor:
         """[B, L, d], [B] -> [B, d]."""
         return gather_last(hidden, lengths)
+
+
+class MultiHotHistories:
+    """Mixin, before `SequenceEncoder`, of models that hold only buffers and whose state is the multi-hot history."""
+
+    optional: ClassVar[frozenset[str]] = frozenset({"seen"})
+    trainable: ClassVar[bool] = False
+
+    config: SequenceEncoderConfig
+
+    def forward(
+        self,
+        item_ids: Tensor,
+        lengths: Tensor,
+        *,
+        item_embeds: Tensor | None = None,
+        seen: Tensor | None = None,
+        **features: Tensor,
+    ) -> EncoderOutput:
+        """Multi-hot histories; `user_repr` reads `seen` where it is given."""
+        hidden = running_multi_hot(item_ids, self.config.num_items)
+        user_repr = multi_hot(item_ids if seen is None else seen, self.config.num_items)
+        return EncoderOutput(hidden=hidden, user_repr=user_repr)
+
+    @property
+    def gate_dim(self) -> int:
+        """I + 1, the width of a multi-hot history."""
+        return self.config.num_items + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are; there are no parameters to ask."""
+        return self._values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self._values.dtype
+
+    @property
+    def _values(self) -> Tensor:
+        buffers: Iterator[Tensor] = self.buffers()  # type: ignore[attr-defined]
+        return next(buffer for buffer in buffers if buffer.is_floating_point())
+
+    def user_representation(self, batch: SequenceBatch) -> Tensor:
+        """[B, I+1], without the states of single positions, which are I times larger than the history."""
+        return multi_hot(batch.get("seen", batch["item_ids"]), self.config.num_items)
+
+
+def check_same_catalogue(config: SequenceEncoderConfig, context: DataContext) -> None:
+    """Refuse training events of another catalogue.
+
+    Raises:
+        DataError: With both sizes.
+    """
+    if context.num_items != config.num_items:
+        raise DataError(
+            "the training events belong to another catalogue",
+            found=f"{context.num_items} items",
+            expected=f"num_items = {config.num_items}",
+        )
 
 
 def register(config_class: type[SequenceEncoderConfig], encoder_class: type[SequenceEncoder]) -> None:

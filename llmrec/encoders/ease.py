@@ -13,22 +13,27 @@ Shapes: hidden [B, L, I+1], user_repr [B, I+1], weights [I+1, I+1].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy import linalg, sparse
 from torch import Tensor
 
-from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
-from llmrec.encoders.base import EncoderOutput, SequenceEncoder, SequenceEncoderConfig, register
-from llmrec.errors import DataError, RecipeError
+from llmrec.encoders.base import (
+    MultiHotHistories,
+    SequenceEncoder,
+    SequenceEncoderConfig,
+    check_same_catalogue,
+    register,
+)
+from llmrec.errors import RecipeError
 from llmrec.paper import Paper
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from llmrec.data.schema import DataContext, SequenceBatch
+    from llmrec.data.schema import DataContext
 
 PAPER = Paper(
     title="Embarrassingly Shallow Autoencoders for Sparse Data", venue="WWW 2019", url_id="1905.03375", system="EASE"
@@ -54,14 +59,11 @@ class EASEConfig(SequenceEncoderConfig):
             raise RecipeError(f"encoder.regularization: found {self.regularization}, expected a number above 0")
 
 
-class EASEEncoder(SequenceEncoder):
+class EASEEncoder(MultiHotHistories, SequenceEncoder):
     """Item-item weights as a model."""
 
     config_class = EASEConfig
     config: EASEConfig
-    optional: ClassVar[frozenset[str]] = frozenset({"seen"})
-    trainable: ClassVar[bool] = False
-
     weights: Tensor
 
     def __init__(self, config: EASEConfig) -> None:
@@ -80,49 +82,11 @@ class EASEEncoder(SequenceEncoder):
             DataError: The events name items outside the catalogue.
         """
         assert isinstance(config, EASEConfig)
-        if context.num_items != config.num_items:
-            raise DataError(
-                "the training events belong to another catalogue",
-                found=f"{context.num_items} items",
-                expected=f"num_items = {config.num_items}",
-            )
+        check_same_catalogue(config, context)
         model = cls(config)
         weights = item_weights(context.train_edges, context.num_users, context.num_items, config.regularization)
         model.weights[1:, 1:] = torch.from_numpy(weights.T.astype(np.float32))
         return model.eval()
-
-    def forward(
-        self,
-        item_ids: Tensor,
-        lengths: Tensor,
-        *,
-        item_embeds: Tensor | None = None,
-        seen: Tensor | None = None,
-        **features: Tensor,
-    ) -> EncoderOutput:
-        """Multi-hot histories; `user_repr` reads `seen` where it is given."""
-        hidden = running_multi_hot(item_ids, self.config.num_items)
-        user_repr = multi_hot(item_ids if seen is None else seen, self.config.num_items)
-        return EncoderOutput(hidden=hidden, user_repr=user_repr)
-
-    @property
-    def gate_dim(self) -> int:
-        """I + 1, the width of a multi-hot history."""
-        return self.config.num_items + 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; there are no parameters to ask."""
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.weights.dtype
-
-    def user_representation(self, batch: SequenceBatch) -> Tensor:
-        """[B, I+1], without the states of single positions, which are I times larger than the history."""
-        return multi_hot(batch.get("seen", batch["item_ids"]), self.config.num_items)
 
     def item_vectors(self) -> Tensor:
         """[I+1, I+1]; row j holds the weights with which histories speak for item j."""

@@ -13,22 +13,27 @@ Shapes: hidden [B, L, I+1], user_repr [B, I+1] (multi-hot), neighbours and simil
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
-from llmrec.encoders.base import EncoderOutput, SequenceEncoder, SequenceEncoderConfig, register
-from llmrec.errors import DataError, RecipeError
+from llmrec.encoders.base import (
+    MultiHotHistories,
+    SequenceEncoder,
+    SequenceEncoderConfig,
+    check_same_catalogue,
+    register,
+)
+from llmrec.errors import RecipeError
 from llmrec.paper import Paper
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from llmrec.data.schema import DataContext, SequenceBatch
+    from llmrec.data.schema import DataContext
 
 PAPER = Paper(
     title="Item-Based Top-N Recommendation Algorithms",
@@ -62,14 +67,11 @@ class ItemKNNConfig(SequenceEncoderConfig):
             )
 
 
-class ItemKNNEncoder(SequenceEncoder):
+class ItemKNNEncoder(MultiHotHistories, SequenceEncoder):
     """Neighbour lists as a model."""
 
     config_class = ItemKNNConfig
     config: ItemKNNConfig
-    optional: ClassVar[frozenset[str]] = frozenset({"seen"})
-    trainable: ClassVar[bool] = False
-
     neighbours: Tensor
     similarities: Tensor
 
@@ -89,51 +91,13 @@ class ItemKNNEncoder(SequenceEncoder):
             DataError: The events belong to another catalogue.
         """
         assert isinstance(config, ItemKNNConfig)
-        if context.num_items != config.num_items:
-            raise DataError(
-                "the training events belong to another catalogue",
-                found=f"{context.num_items} items",
-                expected=f"num_items = {config.num_items}",
-            )
+        check_same_catalogue(config, context)
         model = cls(config)
         k = model.neighbours.shape[1]
         ids, values = cosine_neighbours(context.train_edges, context.num_users, context.num_items, k, config.shrink)
         model.neighbours.copy_(torch.from_numpy(ids))
         model.similarities.copy_(torch.from_numpy(values))
         return model.eval()
-
-    def forward(
-        self,
-        item_ids: Tensor,
-        lengths: Tensor,
-        *,
-        item_embeds: Tensor | None = None,
-        seen: Tensor | None = None,
-        **features: Tensor,
-    ) -> EncoderOutput:
-        """Multi-hot histories; `user_repr` reads `seen` where it is given."""
-        hidden = running_multi_hot(item_ids, self.config.num_items)
-        user_repr = multi_hot(item_ids if seen is None else seen, self.config.num_items)
-        return EncoderOutput(hidden=hidden, user_repr=user_repr)
-
-    @property
-    def gate_dim(self) -> int:
-        """I + 1, the width of a multi-hot history."""
-        return self.config.num_items + 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where the lists are; there are no parameters to ask."""
-        return self.similarities.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the similarities."""
-        return self.similarities.dtype
-
-    def user_representation(self, batch: SequenceBatch) -> Tensor:
-        """[B, I+1], without the states of single positions, which are I times larger than the history."""
-        return multi_hot(batch.get("seen", batch["item_ids"]), self.config.num_items)
 
     def item_vectors(self) -> Tensor:
         """[I+1, I+1] dense; row j holds the similarities of item j to the items it is a neighbour of.
