@@ -31,15 +31,15 @@ def prepare(folder: Path) -> None:
     user_shards.SHARD = 8
 
 
-def answer_all(folder: Path) -> dict[str, Any]:
+def run(case: str, folder: Path) -> dict[str, Any]:
     """Recommend for many users and for one, evaluate, and exchange texts, all in one group of processes."""
-    top, run = folder.parent, str(folder.parent / "runs" / folder.name)
+    top, trained = folder.parent, str(folder.parent / "runs" / case)
     with joined() as here:
         statuses = [
-            main(["recommend", run, "--users", str(top / f"{name}.txt"), "-k", "3", "--out", str(folder / name)])
+            main(["recommend", trained, "--users", str(top / f"{name}.txt"), "-k", "3", "--out", str(folder / name)])
             for name in ("many", "one")
         ]
-        statuses.append(main(["evaluate", run, "--split", "valid", "--protocol", "candidates-10"]))
+        statuses.append(main(["evaluate", trained, "--split", "valid", "--protocol", "candidates-10"]))
         texts = exchanged_texts()
     return {"rank": here.index, "count": here.count, "statuses": statuses, "texts": texts}
 
@@ -55,6 +55,3 @@ def exchanged_texts() -> list[str] | None:
     exchange(found, PARTS)
     assert found.ranks.tolist() == list(range(6)) and found.scores[:, 1].tolist() == [-n for n in range(6)]
     return found.texts
-
-
-alone = two = five = answer_all
