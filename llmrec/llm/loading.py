@@ -64,6 +64,7 @@ def load_language_model(
         DependencyError: Quantised weights without bitsandbytes.
         RecipeError: An option is out of range, or the launcher divides weights that are quantised.
     """
+    name_processor_to_deepspeed()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _locate(name_or_path)
@@ -92,6 +93,16 @@ def load_language_model(
     _add_padding(model, tokenizer)
     model.llmrec_base_name = str(name_or_path)
     return model.eval(), tokenizer
+
+
+def name_processor_to_deepspeed() -> None:
+    """Choose for DeepSpeed where there is no accelerator.
+
+    transformers imports it, where it is installed, whenever a model is saved; left to itself it would warn of its
+    choice on standard output, which belongs to results.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def own_device() -> torch.device:

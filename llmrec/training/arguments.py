@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from llmrec.discovery import nearest
 from llmrec.errors import RecipeError
+from llmrec.llm.loading import name_processor_to_deepspeed
 from llmrec.training.speed import SpeedOptions
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def build_arguments(
             f"stage {stage.train}: train_sampling_strategy: found {order!r}, expected {' or '.join(ORDERS)}"
         )
     _check_evaluation(stage, values, evaluates)
+    name_processor_to_deepspeed()
     accelerator = torch.accelerator.is_available() and not values.get("use_cpu")
     if not accelerator:
         # Weights carry their dtype on a processor; autocast would only slow it down.

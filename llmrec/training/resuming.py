@@ -85,6 +85,7 @@ class AtomicCheckpoints:
     trainable: TrainableState
     steps_per_epoch: int
     _saved_step: int
+    _settle: Callable[[], None]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self._saved_step:
@@ -136,9 +137,6 @@ class AtomicCheckpoints:
         self.sharding.wrapped(self._settle)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
-
-    def _settle(self) -> None:
-        raise NotImplementedError
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

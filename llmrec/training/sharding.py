@@ -15,6 +15,7 @@ Validation and evaluation therefore need the memory of one whole model in every 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -95,7 +96,7 @@ class Sharding:
         return getattr(self.loop.optimizer, "optimizer", self.loop.optimizer)
 
 
-class Divided(Sharding):
+class Divided(Sharding, ABC):
     """What FSDP 2 and ZeRO share. Neither takes single numbers (scales, temperatures): those get one dimension."""
 
     divides = True
@@ -121,8 +122,9 @@ class Divided(Sharding):
         """See the base class."""
         return self._as_it_was(parameter, self._whole(parameter))
 
+    @abstractmethod
     def _whole(self, parameter: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The whole value of a parameter, in the shape the wrapper keeps."""
 
     def _as_it_was(self, parameter: Tensor, value: Tensor) -> Tensor:
         return value.reshape(()) if id(parameter) in self._single_ids else value

@@ -23,7 +23,7 @@ from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
-from llmrec.llm.loading import own_device
+from llmrec.llm.loading import name_processor_to_deepspeed, own_device
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
 from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
 from llmrec.run_dir import RunDir, write_json, write_text
@@ -93,6 +93,7 @@ def run_recipe(
         DataError: The data cannot be prepared.
         CheckpointError: A checkpoint belongs to something else.
     """
+    name_processor_to_deepspeed()
     recipe.resolve()
     if recipe.report.push_to is not None and publish is None:
         raise RecipeError("report.push_to: nothing is published from here; use `llmrec train`, or `llmrec push` later")
