@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from llmrec.blocks.event_times import query_times
 from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
 from llmrec.blocks.readout import gather_last, top_items
 from llmrec.data.schema import Ranking
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -66,11 +67,14 @@ class EncoderOutput(ModelOutput):
     Args:
         hidden: [B, L, d], one state per position.
         user_repr: [B, d], the state after the last event.
-        parts: Auxiliary losses and diagnostics, named scalars or tensors.
+        auxiliary: A scalar the encoder adds to whatever objective trains it, already weighted by its own options
+            (a KL term, a consistency loss). Only while training; None otherwise.
+        parts: Diagnostics, named scalars or tensors; scalars go to the training log.
     """
 
-    hidden: Tensor | None = None
-    user_repr: Tensor | None = None
+    hidden: Tensor = None  # type: ignore[assignment]  # ModelOutput wants defaults; every encoder gives both
+    user_repr: Tensor = None  # type: ignore[assignment]
+    auxiliary: Tensor | None = None
     parts: dict[str, Tensor] | None = None
 
 
@@ -78,7 +82,8 @@ class SequenceEncoder(PreTrainedModel, ABC):
     """Base class; subclasses define `forward` and, for a tied item table, an attribute `item_embedding`.
 
     Class attributes:
-        uses: Batch fields the encoder cannot do without, such as {"timestamps"}; `llmrec check` tests for them.
+        uses: Batch fields the encoder cannot do without, such as {"timestamps"}; an instance whose options ask for more
+            sets its own (`TimeAware`). `check_fields` compares them with a data set.
         optional: Batch fields it takes when they are there.
         causal: Whether state t depends on events <= t only.
         supervises: "all" positions can be supervised, or only the "last".
@@ -90,7 +95,7 @@ class SequenceEncoder(PreTrainedModel, ABC):
     main_input_name = "item_ids"
     _supports_sdpa = True
 
-    uses: ClassVar[frozenset[str]] = frozenset()
+    uses: frozenset[str] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
     supervises: ClassVar[Literal["all", "last"]] = "all"
@@ -154,9 +159,14 @@ class SequenceEncoder(PreTrainedModel, ABC):
         """Width of the vectors handed to a router."""
         return int(self.config.hidden_size)
 
+    def encode(self, batch: SequenceBatch) -> EncoderOutput:
+        """`forward` on the fields of a batch."""
+        output: EncoderOutput = self(**self.inputs(batch))
+        return output
+
     def user_representation(self, batch: SequenceBatch) -> Tensor:
         """[B, d]: the state after the last event."""
-        return self(**self.inputs(batch)).user_repr
+        return self.encode(batch).user_repr
 
     def position_representations(self, batch: SequenceBatch) -> Tensor:
         """[B, L, d], causal states.
@@ -166,11 +176,11 @@ class SequenceEncoder(PreTrainedModel, ABC):
         """
         if not self.causal:
             raise TypeError(f"{type(self).__name__} is not causal: per-position gates would see later events")
-        return self(**self.inputs(batch)).hidden
+        return self.encode(batch).hidden
 
     def represent(self, batch: SequenceBatch) -> Tensor:
         """[B, L, d] hidden states, ready for `score`."""
-        return self(**self.inputs(batch)).hidden
+        return self.encode(batch).hidden
 
     def item_vectors(self) -> Tensor:
         """[I+1, d] table items are scored against; row 0 is zero."""
@@ -211,6 +221,45 @@ class SequenceEncoder(PreTrainedModel, ABC):
     def last_state(hidden: Tensor, lengths: Tensor) -> Tensor:
         """[B, L, d], [B] -> [B, d]."""
         return gather_last(hidden, lengths)
+
+
+class TimeAwareConfig(SequenceEncoderConfig):
+    """Options of encoders that read when events happened.
+
+    Args:
+        time: What state i knows of time besides the times of events <= i. "target": the time of the event it predicts
+            (the query time for the latest state), as HSTU and the FuXi encoders are published; "last": nothing more,
+            so that models without times compete on equal terms; "none": no time channel, for data sets that have only
+            an order.
+    """
+
+    time: Literal["target", "last", "none"] = "target"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.time not in ("target", "last", "none"):
+            raise RecipeError(f"encoder.time: found {self.time!r}, expected target, last or none")
+
+
+class TimeAware:
+    """Mixin, before `SequenceEncoder`, of encoders with a `TimeAwareConfig`: asks for the fields its option needs."""
+
+    config: TimeAwareConfig
+
+    def __init__(self, config: TimeAwareConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        needs = {"target": ("timestamps", "target_timestamps"), "last": ("timestamps",), "none": ()}
+        self.uses = frozenset(needs[config.time])
+
+    def query_times(
+        self, lengths: Tensor, timestamps: Tensor | None, target_timestamps: Tensor | None
+    ) -> Tensor | None:
+        """[B, L] int64, the time each state is asked at (see `TimeAwareConfig.time`); None without a time channel."""
+        if self.config.time == "none":
+            return None
+        if timestamps is None or (self.config.time == "target" and target_timestamps is None):
+            raise KeyError(f"{type(self).__name__} with time: {self.config.time} needs {', '.join(sorted(self.uses))}")
+        return query_times(timestamps, lengths, target_timestamps if self.config.time == "target" else None)
 
 
 class MultiHotHistories:
@@ -258,6 +307,37 @@ class MultiHotHistories:
     def user_representation(self, batch: SequenceBatch) -> Tensor:
         """[B, I+1], without the states of single positions, which are I times larger than the history."""
         return multi_hot(batch.get("seen", batch["item_ids"]), self.config.num_items)
+
+
+def check_history(item_ids: Tensor, max_history: int) -> None:
+    """Refuse a batch that is longer than an encoder's positions.
+
+    Raises:
+        DataError: With both lengths.
+    """
+    if item_ids.shape[1] > max_history:
+        raise DataError(
+            "the batch is longer than the encoder's positions",
+            found=f"{item_ids.shape[1]} events",
+            expected=f"at most max_history = {max_history}",
+            remedy="keep the latest events, or train the encoder with a larger max_history",
+        )
+
+
+def check_fields(encoder: SequenceEncoder, context: DataContext, name: str) -> None:
+    """Refuse a data set that lacks a field the encoder reads.
+
+    Raises:
+        DataError: Naming the field.
+    """
+    needed = {field.removeprefix("target_") for field in encoder.uses} & {"timestamps"}
+    if missing := sorted(needed - context.fields):
+        raise DataError(
+            f"encoder {name!r} reads {', '.join(missing)}, which the data set does not have",
+            found=f"only an order of events; fields: {', '.join(sorted(context.fields)) or 'none'}",
+            expected="a time for every event",
+            remedy="prepare the data with a column of times (--columns time=NAME), or set encoder.time: none",
+        )
 
 
 def check_same_catalogue(config: SequenceEncoderConfig, context: DataContext) -> None:

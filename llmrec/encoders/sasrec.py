@@ -24,8 +24,14 @@ from torch import Tensor, nn
 from llmrec.blocks.attention import IMPLEMENTATIONS, MultiHeadAttention
 from llmrec.blocks.feedforward import ACTIVATIONS, FeedForward
 from llmrec.blocks.readout import padding_mask
-from llmrec.encoders.base import EncoderOutput, SequenceEncoder, SequenceEncoderConfig, register
-from llmrec.errors import DataError, RecipeError
+from llmrec.encoders.base import (
+    EncoderOutput,
+    SequenceEncoder,
+    SequenceEncoderConfig,
+    check_history,
+    register,
+)
+from llmrec.errors import RecipeError
 from llmrec.paper import Paper
 
 PAPER = Paper(title="Self-Attentive Sequential Recommendation", venue="ICDM 2018", url_id="1808.09781", system="SASRec")
@@ -119,15 +125,8 @@ class SASRecEncoder(SequenceEncoder):
         Raises:
             DataError: The batch is longer than `max_history`.
         """
-        width = item_ids.shape[1]
-        if width > self.config.max_history:
-            raise DataError(
-                "the batch is longer than the encoder's positions",
-                found=f"{width} events",
-                expected=f"at most max_history = {self.config.max_history}",
-                remedy="keep the latest events, or train the encoder with a larger max_history",
-            )
-        real = padding_mask(lengths, width).unsqueeze(-1)
+        check_history(item_ids, self.config.max_history)
+        real = padding_mask(lengths, item_ids.shape[1]).unsqueeze(-1)
         hidden = self._embed(item_ids, item_embeds).masked_fill(~real, 0.0)
         for block in self.blocks:
             hidden = block(hidden)

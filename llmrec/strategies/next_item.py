@@ -102,7 +102,7 @@ class NextItem(TrainingStrategy):
             raise DataError(
                 "nothing to learn from", found=f"fields {sorted(batch)}", expected="targets or token_labels"
             )
-        hidden = model.represent(batch)
+        hidden, auxiliary, parts = _represent(model, batch)
         rows, places = supervised_places(model, batch)
         count = len(rows)
         if not count:
@@ -110,11 +110,13 @@ class NextItem(TrainingStrategy):
         states, targets = hidden[rows, places], batch["targets"][rows, places]
         history = _history_at(batch["item_ids"], rows, places) if self.mask_history else None
         if self.objective == "full_softmax":
-            total, parts = self._against_catalogue(model, states, targets, history)
+            total, found = self._against_catalogue(model, states, targets, history)
         else:
             negatives = self._negatives_at(model, batch, rows, places, step)
-            total, parts = self._against_samples(model, states, targets, negatives, history)
-        return StepLoss(total=total, parts=parts, count=count)
+            total, found = self._against_samples(model, states, targets, negatives, history)
+        if auxiliary is not None:
+            total = total + auxiliary
+        return StepLoss(total=total, parts=parts | found, count=count)
 
     def _against_catalogue(
         self, model: Any, states: Tensor, targets: Tensor, history: Tensor | None
@@ -157,6 +159,17 @@ class NextItem(TrainingStrategy):
                 "or use a model whose config carries num_items"
             )
         return int(found)
+
+
+def _represent(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """States [B, L, d], the model's own addition to the loss, and scalars for the log."""
+    if not hasattr(model, "encode"):
+        return model.represent(batch), None, {}
+    output = model.encode(batch)
+    parts = {name: value.detach() for name, value in (output.parts or {}).items() if value.dim() == 0}
+    if output.auxiliary is not None:
+        parts["auxiliary"] = output.auxiliary.detach()
+    return output.hidden, output.auxiliary, parts
 
 
 def supervised_places(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from llmrec import discovery
 from llmrec.data.catalogue import item_index
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.sequences import SequenceCollator
+from llmrec.encoders.base import check_fields
 from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
@@ -206,7 +207,9 @@ def _make_encoder(run: Run) -> None:
         dataset_fingerprint=run.dataset.fingerprint,
         **spec.options,
     )
-    run.encoder = encoder_class.from_context(config, run.dataset.context()).to(run.device)
+    context = run.dataset.context()
+    run.encoder = encoder_class.from_context(config, context).to(run.device)
+    check_fields(run.encoder, context, spec.type)
     if not encoder_class.trainable:
         run.encoder.save_pretrained(run.folder.encoder)
 
