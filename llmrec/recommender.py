@@ -59,6 +59,14 @@ class Recommendation:
     reasons: tuple[Reason, ...] = ()
 
 
+@dataclass(frozen=True)
+class _History:
+    """A history as a system reads it: item ids, and times in seconds where they are known."""
+
+    items: list[int]
+    times: list[int] | None = None
+
+
 class Recommender:
     """A trained system with its data set.
 
@@ -129,6 +137,8 @@ class Recommender:
         allow_seen: bool | None = None,
         reasons: int = 0,
         batch_size: int = 64,
+        times: Sequence[Sequence[int]] | None = None,
+        at: int | None = None,
     ) -> list[list[Recommendation]]:
         """Ranked items for each history.
 
@@ -140,24 +150,27 @@ class Recommender:
             allow_seen: Also recommend items of the history; None follows the data set (repeats or not).
             reasons: Nearest history items to name per recommendation.
             batch_size: Histories per forward.
+            times: For systems that read them: seconds of every event, in the shape of `histories`, never falling.
+            at: Time of the question in seconds, for systems that read it.
 
         Returns:
             One list per history, best first.
 
         Raises:
-            DataError: An empty history or an unknown id, unless told otherwise.
+            DataError: An empty history or an unknown id, unless told otherwise; times that are missing, too few or out
+                of order.
         """
-        encoded = [self._encode(number, history, on_unknown) for number, history in enumerate(histories)]
+        encoded = self._encode_all(histories, on_unknown, times, at)
         self._check_empty(encoded, on_empty)
         answers: list[list[Recommendation]] = [[] for _ in encoded]
-        filled = [number for number, items in enumerate(encoded) if items]
+        filled = [number for number, history in enumerate(encoded) if history.items]
         for start in range(0, len(filled), batch_size):
             numbers = filled[start : start + batch_size]
-            ranked = self._rank([encoded[n] for n in numbers], k, allow_seen)
+            ranked = self._rank([encoded[n] for n in numbers], k, allow_seen, at)
             for number, row in zip(numbers, ranked, strict=True):
-                answers[number] = [self._describe(item, score, encoded[number], reasons) for item, score in row]
-        for number, items in enumerate(encoded):
-            if not items:
+                answers[number] = [self._describe(item, score, encoded[number].items, reasons) for item, score in row]
+        for number, history in enumerate(encoded):
+            if not history.items:
                 answers[number] = self.popular(k)
         return answers
 
@@ -169,6 +182,8 @@ class Recommender:
         on_unknown: Literal["error", "skip"] = "error",
         reasons: int = 0,
         batch_size: int = 64,
+        times: Sequence[Sequence[int]] | None = None,
+        at: int | None = None,
     ) -> list[list[Recommendation]]:
         """Given items, ranked for each history; items of the history are ranked like any other.
 
@@ -178,6 +193,7 @@ class Recommender:
             on_unknown: What an id of a history outside the catalogue means; one of the candidates is always an error.
             reasons: Nearest history items to name per item.
             batch_size: Histories per forward.
+            times, at: As in `recommend`.
 
         Returns:
             One list per history with all its candidates, best first.
@@ -191,7 +207,7 @@ class Recommender:
                 found=f"{len(candidates)} lists",
                 expected=f"{len(histories)}",
             )
-        encoded = [self._encode(number, history, on_unknown) for number, history in enumerate(histories)]
+        encoded = self._encode_all(histories, on_unknown, times, at)
         self._check_empty(encoded, "error")
         pools = [self._pool(number, pool) for number, pool in enumerate(candidates)]
         answers: list[list[Recommendation]] = [[] for _ in encoded]
@@ -200,9 +216,10 @@ class Recommender:
             like = [number for number, pool in enumerate(pools) if len(pool) == length]
             for start in range(0, len(like), batch_size):
                 numbers = like[start : start + batch_size]
-                ranked = self._rank_pools([encoded[n] for n in numbers], [pools[n] for n in numbers])
+                ranked = self._rank_pools([encoded[n] for n in numbers], [pools[n] for n in numbers], at)
                 for number, row in zip(numbers, ranked, strict=True):
-                    answers[number] = [self._describe(item, score, encoded[number], reasons) for item, score in row]
+                    shown = encoded[number].items
+                    answers[number] = [self._describe(item, score, shown, reasons) for item, score in row]
         return answers
 
     def _pool(self, number: int, candidates: Sequence[str]) -> list[int]:
@@ -216,18 +233,16 @@ class Recommender:
             )
         return ids
 
-    def _rank_pools(self, histories: list[list[int]], pools: list[list[int]]) -> list[list[tuple[int, float]]]:
+    def _rank_pools(
+        self, histories: list[_History], pools: list[list[int]], at: int | None
+    ) -> list[list[tuple[int, float]]]:
         import numpy as np
 
         from llmrec.blocks.readout import ranked_candidates
-        from llmrec.data.sequences import history_batch, pad_right
+        from llmrec.data.sequences import pad_right
 
         lists = [np.asarray(pool, dtype=np.int64) for pool in pools]
-        if hasattr(self.system, "collate"):
-            rows = [{**self._row(items), "candidates": pool} for items, pool in zip(histories, lists, strict=True)]
-            batch = self.system.collate(rows)
-        else:
-            batch = history_batch(histories, self.max_history)
+        batch = self._batch(histories, at, lists)
         batch["candidates"] = pad_right(lists)
         return ranked_candidates(self.system, batch)
 
@@ -245,11 +260,63 @@ class Recommender:
         Raises:
             DataError: No such user.
         """
-        number = self.dataset.user_id_of(user)
-        start, end = self.dataset.user_offsets[number : number + 2]
+        start, end = self._events_of(user)
         return [self.dataset.item_keys[item] for item in self.dataset.column("item")[start:end]]
 
-    def _encode(self, number: int, history: Sequence[str], on_unknown: str) -> list[int]:
+    def times_of(self, user: str) -> list[int] | None:
+        """Seconds of the events of `history_of`; None where the data set has only an order.
+
+        Raises:
+            DataError: No such user.
+        """
+        start, end = self._events_of(user)
+        if "timestamps" not in self.dataset.fields:
+            return None
+        return [int(second) for second in self.dataset.column("timestamp")[start:end]]
+
+    def _events_of(self, user: str) -> tuple[int, int]:
+        number = self.dataset.user_id_of(user)
+        start, end = self.dataset.user_offsets[number : number + 2]
+        return int(start), int(end)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Fields the system cannot do without, besides the items of a history."""
+        encoder = getattr(self.system, "encoder", None) or self.system
+        return frozenset(getattr(encoder, "uses", ()))
+
+    def _encode_all(
+        self,
+        histories: Sequence[Sequence[str]],
+        on_unknown: str,
+        times: Sequence[Sequence[int]] | None,
+        at: int | None,
+    ) -> list[_History]:
+        reads = self.reads
+        if "timestamps" in reads and times is None:
+            raise DataError(
+                f"{self.name} reads when the events of a history happened (timestamps)",
+                found="histories without times",
+                expected="seconds for every event",
+                remedy="give `times`, on the command line --times SECONDS,SECONDS,..; or train with encoder.time: none",
+            )
+        if "target_timestamps" in reads and at is None:
+            raise DataError(
+                f"{self.name} answers for a moment in time (target_timestamps)",
+                found="no time of the question",
+                expected="seconds since 1970",
+                remedy="give `at`, on the command line --at TIME",
+            )
+        if times is not None and len(times) != len(histories):
+            raise DataError(
+                "each history needs its own times", found=f"{len(times)} lists", expected=f"{len(histories)}"
+            )
+        return [
+            self._encode(number, history, on_unknown, None if times is None else times[number])
+            for number, history in enumerate(histories)
+        ]
+
+    def _encode(self, number: int, history: Sequence[str], on_unknown: str, times: Sequence[int] | None) -> _History:
         ids = self.dataset.item_ids_of([str(item) for item in history]).tolist()
         unknown = [str(item) for item, found in zip(history, ids, strict=True) if not found]
         if unknown and on_unknown == "error":
@@ -259,10 +326,14 @@ class Recommender:
                 expected=f"original item ids, such as {', '.join(self.dataset.item_keys[1:4])}",
                 remedy="leave them out (--on-unknown skip) or prepare the data with these items",
             )
-        return [item for item in ids if item]
+        known = [item for item in ids if item]
+        if times is None:
+            return _History(known)
+        _check_times(number, len(ids), times)
+        return _History(known, [int(second) for second, item in zip(times, ids, strict=True) if item])
 
-    def _check_empty(self, encoded: list[list[int]], on_empty: str) -> None:
-        empty = [number for number, items in enumerate(encoded) if not items]
+    def _check_empty(self, encoded: list[_History], on_empty: str) -> None:
+        empty = [number for number, history in enumerate(encoded) if not history.items]
         if empty and on_empty == "error":
             raise DataError(
                 f"history {empty[0]} is empty",
@@ -270,25 +341,39 @@ class Recommender:
                 remedy="give a history, or ask for the most popular items (--on-empty popular)",
             )
 
-    def _rank(self, histories: list[list[int]], k: int, allow_seen: bool | None) -> list[list[tuple[int, float]]]:
+    def _rank(
+        self, histories: list[_History], k: int, allow_seen: bool | None, at: int | None
+    ) -> list[list[tuple[int, float]]]:
         from llmrec.blocks.readout import ranked_rows
-        from llmrec.data.sequences import history_batch
 
         allow = self.dataset.meta.has_repeats if allow_seen is None else allow_seen
-        if hasattr(self.system, "collate"):
-            batch = self.system.collate([self._row(items) for items in histories])
-        else:
-            batch = history_batch(histories, self.max_history)
+        batch = self._batch(histories, at)
         if allow:
             batch.pop("seen", None)
         return ranked_rows(self.system, batch, k)
 
-    def _row(self, items: list[int]) -> dict[str, Any]:
+    def _batch(self, histories: list[_History], at: int | None, candidates: list[Any] | None = None) -> Any:
+        """What the system reads; times are in it where they are known."""
+        from llmrec.data.sequences import SequenceCollator
+
+        rows = [self._row(history, at) for history in histories]
+        if not hasattr(self.system, "collate"):
+            return SequenceCollator(with_seen=True)(rows)
+        if candidates is not None:
+            rows = [{**row, "candidates": pool} for row, pool in zip(rows, candidates, strict=True)]
+        return self.system.collate(rows)
+
+    def _row(self, history: _History, at: int | None) -> dict[str, Any]:
         import numpy as np
 
-        whole = np.asarray(items, dtype=np.int64)
+        whole = np.asarray(history.items, dtype=np.int64)
         window = whole[-self.max_history :]
-        return {"user_id": 0, "example_id": 0, "item_ids": window, "targets": np.zeros_like(window), "seen": whole}
+        row = {"user_id": 0, "example_id": 0, "item_ids": window, "targets": np.zeros_like(window), "seen": whole}
+        if history.times is not None:
+            row["timestamps"] = np.asarray(history.times, dtype=np.int64)[-self.max_history :]
+        if at is not None:
+            row["target_timestamp"] = at
+        return row
 
     def _describe(self, item: int, score: float, history: list[int], reasons: int) -> Recommendation:
         return Recommendation(
@@ -323,6 +408,21 @@ class Recommender:
         users, items = self.dataset.context().train_edges
         with_item = np.unique(users[items == item])
         return [int(np.isin(np.unique(users[items == other]), with_item).sum()) for other in others]
+
+
+def _check_times(number: int, events: int, times: Sequence[int]) -> None:
+    if len(times) != events:
+        raise DataError(
+            f"history {number}: every event needs its time", found=f"{len(times)} times", expected=f"{events}"
+        )
+    for place in range(1, events):
+        if times[place] < times[place - 1]:
+            raise DataError(
+                f"history {number}: events must be oldest first",
+                found=f"time {times[place]} of event {place + 1} after {times[place - 1]}",
+                expected="times that never fall",
+                remedy="sort the history by time",
+            )
 
 
 def load_run_recipe(run: RunDir) -> Recipe:

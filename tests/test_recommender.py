@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import llmrec
+from llmrec.data.schema import Ranking
 from llmrec.errors import CheckpointError, DataError
 from llmrec.recommender import Recommender, part_name
 from tests.runs import train
@@ -150,3 +153,46 @@ def test_candidates_that_cannot_be_ranked(recommender: Recommender, history: lis
         recommender.rank([history], [pool])
     with pytest.raises(DataError, match="its own list"):
         recommender.rank([history], [])
+
+
+class Timed:
+    """Recommends the item numbered like the hours between the latest event and the question."""
+
+    uses = frozenset({"timestamps", "target_timestamps"})
+
+    def recommend(self, batch: Any, k: int) -> Ranking:
+        latest = batch["timestamps"].gather(1, batch["lengths"][:, None] - 1)
+        items = (batch["target_timestamps"][:, None] - latest) // 3600
+        return Ranking(items, torch.zeros_like(items, dtype=torch.float32), items > 0)
+
+
+class TestTimes:
+    @pytest.fixture()
+    def timed(self, recommender: Recommender) -> Recommender:
+        return Recommender(Timed(), recommender.dataset, max_history=3, name="timed")
+
+    def test_times_and_question_reach_the_system(self, timed: Recommender) -> None:
+        keys = timed.dataset.item_keys
+        times = [[0, 10, 20, 30], [5]]
+        found = timed.recommend([keys[1:5], keys[1:2]], 1, times=times, at=30 + 2 * 3600)
+        assert [row[0].item for row in found] == [keys[2], keys[2]]
+
+    def test_times_of_skipped_items_are_skipped(self, timed: Recommender) -> None:
+        keys = timed.dataset.item_keys
+        asked = [[keys[1], "no such item"]]
+        found = timed.recommend(asked, 1, on_unknown="skip", times=[[0, 3600]], at=3600)
+        assert found[0][0].item == keys[1]
+
+    @pytest.mark.parametrize(
+        ("times", "at", "message"),
+        [
+            (None, 5, "reads when the events of a history happened"),
+            ([[1, 2]], None, "answers for a moment in time"),
+            ([[1]], 5, "every event needs its time"),
+            ([[2, 1]], 5, "oldest first"),
+            ([[1, 2], [3]], 5, "each history needs its own times"),
+        ],
+    )
+    def test_wrong_times_are_named(self, times: Any, at: int | None, message: str, timed: Recommender) -> None:
+        with pytest.raises(DataError, match=message):
+            timed.recommend([timed.dataset.item_keys[1:3]], 1, times=times, at=at)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _ASKED = ("recommend", "score_candidates", "score_items")
 _TIME_FIELD = "target_timestamps"
-_GIVEN = frozenset({"item_ids", "lengths", "user_ids", "seen", _TIME_FIELD})
+_GIVEN = frozenset({"item_ids", "lengths", "user_ids", "seen", "timestamps", _TIME_FIELD})
 _LATEST_SECOND = 10**11
 
 
@@ -63,11 +63,15 @@ class Question:
         recommender = Recommender.from_pretrained(self.run, system=self.system)
         self._check_candidates(recommender.system)
         self._check_time(recommender)
-        recommender.system = Placed(recommender.system, own_device(), self.at)
+        recommender.system = Placed(recommender.system, own_device())
         return recommender
 
     def answer(
-        self, recommender: Recommender, names: Sequence[str], histories: Sequence[Sequence[str]]
+        self,
+        recommender: Recommender,
+        names: Sequence[str],
+        histories: Sequence[Sequence[str]],
+        times: Sequence[Sequence[int]] | None = None,
     ) -> list[dict[str, Any]]:
         """One row per recommended item, histories in the order given.
 
@@ -75,16 +79,26 @@ class Question:
             recommender: From `open`.
             names: What each history is called.
             histories: Original item ids, oldest first.
+            times: Seconds of every event, for systems that read them.
         """
         order = sorted(range(len(histories)), key=lambda n: -len(histories[n]))  # batches of like lengths
         asked = [histories[n] for n in order]
+        stamps = None if times is None else [times[n] for n in order]
         if self.candidates is None:
             answers = recommender.recommend(
-                asked, self.k, on_empty=self.on_empty, on_unknown=self.on_unknown, reasons=self.reasons
+                asked,
+                self.k,
+                on_empty=self.on_empty,
+                on_unknown=self.on_unknown,
+                reasons=self.reasons,
+                times=stamps,
+                at=self.at,
             )
         else:
             lists = [self.candidates] * len(asked)
-            ranked = recommender.rank(asked, lists, on_unknown=self.on_unknown, reasons=self.reasons)
+            ranked = recommender.rank(
+                asked, lists, on_unknown=self.on_unknown, reasons=self.reasons, times=stamps, at=self.at
+            )
             answers = [items[: self.k] for items in ranked]
         place = {n: position for position, n in enumerate(order)}
         return [
@@ -116,22 +130,21 @@ class Question:
         if lacking:
             raise RecipeError(
                 f"{name} needs {', '.join(lacking)} with every history; `llmrec recommend` knows the items of a "
-                "history and their order only. `llmrec evaluate` measures such a system"
+                "history, their order and their times only. `llmrec evaluate` measures such a system"
             )
 
 
 class Placed:
-    """A system asked where it stands: batches move to its device, and get the time of the question.
+    """A system asked where it stands: batches move to its device.
 
     Args:
         system: Anything with `recommend(batch, k)`; a torch module is moved to the device.
         device: Device of torch it is asked on.
-        at: Query time in seconds, or None.
     """
 
-    def __init__(self, system: Any, device: Any, at: int | None) -> None:
+    def __init__(self, system: Any, device: Any) -> None:
         self._system = system.to(device).eval() if hasattr(system, "parameters") else system
-        self._device, self._at = device, at
+        self._device = device
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._system, name)
@@ -142,10 +155,7 @@ class Placed:
     def _batch(self, batch: Any) -> dict[str, Any]:
         import torch
 
-        moved = {name: part.to(self._device) if torch.is_tensor(part) else part for name, part in batch.items()}
-        if self._at is not None:
-            moved[_TIME_FIELD] = torch.full_like(moved["lengths"], self._at)
-        return moved
+        return {name: part.to(self._device) if torch.is_tensor(part) else part for name, part in batch.items()}
 
 
 def parse_time(text: str) -> int:

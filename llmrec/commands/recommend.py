@@ -27,6 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--at", metavar="TIME", help="time of the question, for encoders that read it: seconds or an ISO date (UTC)"
     )
+    parser.add_argument(
+        "--times", metavar="S,S,..", help="seconds of the events of --history, for encoders that read them"
+    )
     parser.add_argument("--system", choices=("auto", "model", "encoder"), default="auto")
     parser.add_argument("--on-empty", choices=("error", "popular"), default="error", help="what an empty history means")
     parser.add_argument("--on-unknown", choices=("error", "skip"), default="error", help="ids outside the catalogue")
@@ -62,8 +65,7 @@ def run(args: Namespace) -> int:
         if args.users is not None and here.count > 1:
             raise RecipeError(f"{here.count} processes answer --users together: give the file they write with --out")
         recommender = question.open()
-        names, histories = _histories(args, recommender)
-        rows = question.answer(recommender, names, histories)
+        rows = question.answer(recommender, *_histories(args, recommender))
         if args.out and here.is_first:
             _write(rows, Path(args.out))
     record = {"run": args.run, "system": recommender.name, "out": args.out, "recommendations": [] if args.out else rows}
@@ -109,15 +111,23 @@ def _answer_file(args: Namespace, question: Question) -> int:
     return 0
 
 
-def _histories(args: Namespace, recommender: Recommender) -> tuple[list[str], list[list[str]]]:
+def _histories(args: Namespace, recommender: Recommender) -> tuple[list[str], list[list[str]], list[list[int]] | None]:
+    """Names, histories and, where the system reads them, their times."""
+    if args.times is not None and args.history is None:
+        raise RecipeError("--times belongs to --history; the times of users of the data set are known")
     if args.history is not None:
-        return ["history"], [_ids(args.history)]
-    if args.user is not None:
-        return [args.user], [recommender.history_of(args.user)]
-    from llmrec.commands.user_shards import read_users
+        return ["history"], [_ids(args.history)], None if args.times is None else [_seconds(args.times)]
+    from llmrec.commands.user_shards import read_users, times_of
 
-    users = read_users(Path(args.users))
-    return users, [recommender.history_of(user) for user in users]
+    users = [args.user] if args.user is not None else read_users(Path(args.users))
+    return users, [recommender.history_of(user) for user in users], times_of(recommender, users)
+
+
+def _seconds(text: str) -> list[int]:
+    parts = _ids(text)
+    if wrong := [part for part in parts if not part.lstrip("-").isdigit()]:
+        raise RecipeError(f"--times: found {wrong[0]!r}, expected whole seconds, one for each event")
+    return [int(part) for part in parts]
 
 
 def _ids(text: str) -> list[str]:

@@ -180,8 +180,17 @@ def answer_shard(question: Question, recommender: Recommender, users: Sequence[s
     """The rows of one shard."""
     import pyarrow as pa
 
-    rows = question.answer(recommender, users, [recommender.history_of(user) for user in users])
+    histories = [recommender.history_of(user) for user in users]
+    rows = question.answer(recommender, users, histories, times_of(recommender, users))
     return pa.Table.from_pylist(rows, schema=row_schema())
+
+
+def times_of(recommender: Recommender, users: Sequence[str]) -> list[list[int]] | None:
+    """Times of the histories of users, where the system reads them and the data set has them."""
+    if "timestamps" not in recommender.reads:
+        return None
+    found = [recommender.times_of(user) for user in users]
+    return None if any(times is None for times in found) else found  # type: ignore[return-value]
 
 
 def row_schema() -> pa.Schema:

@@ -46,6 +46,8 @@ class SASRecConfig(SequenceEncoderConfig):
         num_heads: Attention heads; must divide hidden_size.
         norm: "pre" (x + f(LN x), LN at the end), "classic" (the published block) or "post" (LN(x + f(x)), LN at the
             input, embeddings not scaled by sqrt(d)).
+        attention_dropout: Dropout of attention weights; None is `dropout`. 0 is twice as fast on long histories (no
+            random number per pair of events).
         inner_size: Width of the feed-forward layer; None is hidden_size, and 4 hidden_size for "post".
         activation: "relu", "gelu" or "silu".
         implementation: Attention by "sdpa", or "math" where second derivatives are needed.
@@ -56,6 +58,7 @@ class SASRecConfig(SequenceEncoderConfig):
     num_layers: int = 2
     num_heads: int = 2
     norm: Literal["pre", "classic", "post"] = "pre"
+    attention_dropout: float | None = None
     inner_size: int | None = None
     activation: Literal["relu", "gelu", "silu"] = "relu"
     implementation: Literal["sdpa", "math"] = "sdpa"
@@ -79,9 +82,8 @@ class SASRecBlock(nn.Module):
         width = config.hidden_size
         inner = config.inner_size or (4 * width if config.norm == "post" else width)
         self.norm = config.norm
-        self.attention = MultiHeadAttention(
-            width, config.num_heads, dropout=config.dropout, implementation=config.implementation
-        )
+        drop = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.attention = MultiHeadAttention(width, config.num_heads, dropout=drop, implementation=config.implementation)
         self.feed_forward = FeedForward(width, inner, activation=config.activation, dropout=config.dropout)
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward_norm = nn.LayerNorm(width)

@@ -13,7 +13,7 @@ from llmrec.cli import main
 from llmrec.commands.questions import Placed, Question, parse_time
 from llmrec.data.schema import Ranking
 from llmrec.errors import RecipeError
-from llmrec.recommender import Recommender
+from llmrec.recommender import Recommender, _History
 from llmrec.training.stages import run_recipe
 from tests.runs import prompted_recipe, train
 
@@ -90,7 +90,7 @@ def test_prompts_with_candidates_need_them(worded: Path, capsys: pytest.CaptureF
     assert main(asked) == 2
     assert "--candidates" in capsys.readouterr().err
     assert main([*asked, "--candidates", ",".join(ids), "--json"]) == 0
-    row = {**recommender._row([1, 2, 3]), "candidates": recommender.dataset.item_ids_of(ids)}
+    row = {**recommender._row(_History([1, 2, 3]), None), "candidates": recommender.dataset.item_ids_of(ids)}
     with torch.no_grad():
         scores = recommender.system.score_candidates(recommender.system.collate([row]))[0]
     best = [ids[n] for n in scores.argsort(descending=True)]
@@ -110,7 +110,7 @@ def test_the_time_reaches_the_system(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("uses", "message"),
-    [(frozenset({"target_timestamps"}), "give it with --at"), (frozenset({"timestamps"}), "needs timestamps")],
+    [(frozenset({"target_timestamps"}), "give it with --at"), (frozenset({"ratings"}), "needs ratings")],
 )
 def test_what_a_system_cannot_do_without(
     run: Path, uses: frozenset[str], message: str, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +140,6 @@ def test_wrong_times(text: str) -> None:
 
 
 def test_a_placed_system_shows_only_what_it_has() -> None:
-    placed = Placed(SimpleNamespace(recommend=lambda batch, k: (sorted(batch), k), name="x"), "cpu", None)
+    placed = Placed(SimpleNamespace(recommend=lambda batch, k: (sorted(batch), k), name="x"), "cpu")
     assert placed.name == "x" and not hasattr(placed, "collate") and not hasattr(placed, "score_candidates")
     assert placed.recommend({"lengths": torch.ones(1)}, 3) == (["lengths"], 3)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.sequences import SequenceCollator, history_batch
+from llmrec.data.sequences import SequenceCollator
 from llmrec.errors import DataError
 from tests.data.tables import dataset_of
 
@@ -100,12 +100,3 @@ class TestCollator:
         assert part.targets.tolist() == [2]
         with pytest.raises(DataError, match="one candidate list per example"):
             part.with_candidates(np.zeros((2, 2), dtype=np.int64))
-
-
-def test_a_history_batch_keeps_the_latest_items():
-    batch = history_batch([[1, 2, 3], [4]], 2, user_ids=[7, 8])
-    assert batch["item_ids"].tolist() == [[2, 3], [4, 0]]
-    assert batch["seen"].tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert batch["user_ids"].tolist() == [7, 8]
-    with pytest.raises(DataError, match="history 1 is empty"):
-        history_batch([[1], []], 2)
