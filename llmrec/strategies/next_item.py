@@ -108,32 +108,40 @@ class NextItem(TrainingStrategy):
         if not count:
             return StepLoss(total=hidden.sum() * 0.0, count=0)
         states, targets = hidden[rows, places], batch["targets"][rows, places]
-        history = _history_at(batch["item_ids"], rows, places) if self.mask_history else None
         if self.objective == "full_softmax":
-            total, found = self._against_catalogue(model, states, targets, history)
+            total, found = self._against_catalogue(model, states, targets, batch["item_ids"], rows, places)
         else:
             negatives = self._negatives_at(model, batch, rows, places, step)
-            total, found = self._against_samples(model, states, targets, negatives, history)
+            hits = self._hits(negatives, targets, batch["item_ids"], rows, places)
+            total, found = self._against_samples(model, states, targets, negatives, hits)
         if auxiliary is not None:
             total = total + auxiliary
         return StepLoss(total=total, parts=parts | found, count=count)
 
     def _against_catalogue(
-        self, model: Any, states: Tensor, targets: Tensor, history: Tensor | None
+        self, model: Any, states: Tensor, targets: Tensor, item_ids: Tensor, rows: Tensor, places: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         scores = model.score(states)
         excluded = None
-        if history is not None:
-            excluded = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, history, True)
+        if self.mask_history:
+            everything = torch.arange(scores.shape[1], device=scores.device)
+            excluded = seen_so_far(item_ids, rows, places, everything)
         total = full_softmax(scores, targets, excluded=excluded, label_smoothing=self.label_smoothing)
         return total, {"perplexity": total.detach().exp()}
 
+    def _hits(self, negatives: Tensor, targets: Tensor, item_ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """[N, K] bool: sampled items that must not count as negatives."""
+        if not self.mask_history:
+            return accidental_hits(negatives, targets)
+        if negatives.dim() == 1:
+            return accidental_hits(negatives, targets) | seen_so_far(item_ids, rows, places, negatives)
+        return accidental_hits(negatives, targets, _history_at(item_ids, rows, places))
+
     def _against_samples(
-        self, model: Any, states: Tensor, targets: Tensor, negatives: Tensor, history: Tensor | None
+        self, model: Any, states: Tensor, targets: Tensor, negatives: Tensor, hits: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         positive = model.score(states, targets[:, None])[:, 0]
         scores = model.score(states, negatives)
-        hits = accidental_hits(negatives, targets, history)
         if self.objective == "sampled_softmax":
             total = sampled_softmax(positive, scores, hits=hits)
         elif self.objective == "bce":
@@ -184,6 +192,29 @@ def supervised_places(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor]
         supervised = supervised & (positions[None, :] == batch["lengths"][:, None] - 1)
     rows, places = supervised.nonzero(as_tuple=True)
     return rows, places
+
+
+def seen_so_far(item_ids: Tensor, rows: Tensor, places: Tensor, items: Tensor) -> Tensor:
+    """Whether items stand in each place's row up to that place.
+
+    Costs O(B L log C) for the first occurrences and one comparison per place and item, whatever the history's length.
+
+    Args:
+        item_ids: [B, L], right padded.
+        rows, places: [N].
+        items: [C], the items asked for; repeats are allowed.
+
+    Returns:
+        [N, C] bool.
+    """
+    known, inverse = items.unique(return_inverse=True)
+    index = torch.searchsorted(known, item_ids).clamp_(max=len(known) - 1)
+    index = torch.where(known[index] == item_ids, index, len(known))  # what is not asked for goes to a spare column
+    width = item_ids.shape[1]
+    positions = torch.arange(width, device=item_ids.device).expand_as(item_ids)
+    first = positions.new_full((len(item_ids), len(known) + 1), width)
+    first = first.scatter_reduce_(1, index, positions, "amin")[:, inverse]
+    return first[rows] <= places[:, None]
 
 
 def _history_at(item_ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
