@@ -37,6 +37,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("train", "run the stages of a recipe"),
     ("evaluate", "measure a run on a split"),
     ("compare", "compare two runs with a paired test"),
+    ("plan", "measure a data set and choose depth and width; run a sweep"),
     ("recommend", "rank items for a history or for a table of users"),
     ("export", "save a trained language model with its adapter merged"),
     ("report", "write runs as one HTML page"),

@@ -31,7 +31,12 @@ class GateProvider(Protocol):
 
 @runtime_checkable
 class GateSource(Protocol):
-    """Finished expert weights that bypass the router; E must divide the rank."""
+    """Finished expert weights that bypass the router (`tuner: {router: none}`); E must divide the rank.
+
+    Prompts with one answer read [B, E], the item_slots style [B, L, E]. A source that serves both gives the former in
+    `gates` and the latter, causal, in a method `position_gates(batch)`. An attribute `num_gates` of an encoder's
+    config, E, lets a recipe be checked before anything is trained.
+    """
 
     def gates(self, batch: SequenceBatch) -> Tensor:
         """[B, E] or [B, L, E], rows sum to 1."""

@@ -55,6 +55,8 @@ class DatasetSpec(_Strict):
         format: Source kind; null = recognised by file names.
         options: Options of the synthetic source.
         max_history: The latest events a model sees.
+        label: Which actions are positive in pointwise tasks ("rating >= 4"); nothing is dropped. Null reads the column
+            "label" of the data set.
     """
 
     source: str
@@ -70,6 +72,7 @@ class DatasetSpec(_Strict):
     on_bad_rows: Literal["stop", "quarantine"] = "stop"
     options: dict[str, Any] = {}
     max_history: int = Field(default=50, ge=1)
+    label: str | None = None
 
 
 class LLMSpec(_Strict):
@@ -182,18 +185,19 @@ class EvaluateSpec(_Strict):
         split: Which targets.
         protocol: "full" or "candidates-C" (the target counts).
         candidate_kind: How the C - 1 others are drawn.
-        mode: "score" (likelihood or item scores) or "generate" (free text).
+        mode: "score" (likelihood or item scores), "generate" (free text) or "pointwise" (logit of each event's action).
         ks: Cut-offs.
         metrics: Metrics the printed table shows; all are stored.
         seeds: Draws of candidates.
-        baselines: Counting baselines, and "encoder" for the run's own, measured beside the system on the same examples.
+        baselines: Counting baselines, and "encoder" for the run's own, measured beside the system on the same examples;
+            for mode pointwise item_rate, user_rate and item_user_rate.
         max_users: Measure this many users (seeded draw); null = all. Said in the protocol label.
     """
 
     split: Literal["valid", "test", "test_lapse"] = "test"
     protocol: str = "full"
     candidate_kind: Literal["uniform", "popularity"] = "uniform"
-    mode: Literal["score", "generate"] = "score"
+    mode: Literal["score", "generate", "pointwise"] = "score"
     ks: list[int] = [1, 5, 10, 20]
     metrics: list[str] = ["hr@10", "ndcg@10", "mrr@10"]
     seeds: list[int] = [42]
@@ -286,6 +290,7 @@ class Recipe(_Strict):
             needs_encoder = needs_encoder or gated
         if needs_encoder and self.encoder is None:
             raise RecipeError(f"{prefix}item vectors and gates come from an encoder: add an `encoder` section")
+        self._check_finished_gates(prefix)
         if self.prompt is not None and self.prompt.style != "item_slots" and self.prompt.template is None:
             raise RecipeError(
                 f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie"
@@ -295,9 +300,51 @@ class Recipe(_Strict):
                 f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; "
                 "install it with: pip install 'llmrec[quant]'"
             )
+        self._check_pointwise(prefix)
         self._refuse_idle_sections(prefix)
         if not self.stages and self.encoder is None and self.head is None:
             raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
+
+    @property
+    def encoder_positions(self) -> int:
+        """Longest input of the encoder: an event is two tokens where actions stand between the items."""
+        tokens = 2 if self.encoder is not None and self.encoder.options.get("action_tokens") else 1
+        return self.dataset.max_history * tokens
+
+    def _check_finished_gates(self, prefix: str) -> None:
+        """A tuner without a router reads expert weights the encoder itself gives, as many as it has experts."""
+        if self.tuner is None or self.encoder is None or self.tuner.options.get("router") != "none":
+            return
+        encoder: Any = discovery.resolve("encoder", self.encoder.type)
+        if not hasattr(encoder, "gates"):
+            raise RecipeError(
+                f"{prefix}tuner.router: found none, but encoder {self.encoder.type!r} gives no expert weights of its "
+                "own; expected a router (linear, mlp, resnet1d), or an encoder with `gates` (caseq)"
+            )
+        tuner: Any = discovery.resolve("tuner", self.tuner.type)
+        experts = tuner.configure(self.tuner.options).num_experts
+        given = None if self.encoder.pretrained else encoder.config_class(**self.encoder.options)
+        count = getattr(given, "num_gates", experts)
+        if count != experts:
+            raise RecipeError(
+                f"{prefix}tuner.num_experts: found {experts}, but encoder {self.encoder.type!r} weighs {count} "
+                f"experts; expected num_experts: {count} and a rank r it divides"
+            )
+
+    def _check_pointwise(self, prefix: str) -> None:
+        """Mode pointwise asks an encoder with action tokens about events of both kinds."""
+        if self.evaluate.mode != "pointwise":
+            return
+        if self.llm is not None or self.encoder is None or not self.encoder.options.get("action_tokens"):
+            raise RecipeError(
+                f"{prefix}evaluate.mode pointwise asks an encoder for logits of actions: "
+                "expected no `llm`, and encoder.action_tokens: true"
+            )
+        if self.dataset.positive != "all":
+            raise RecipeError(
+                f"{prefix}dataset.positive: found {self.dataset.positive!r}, which drops the negative actions that "
+                f"mode pointwise asks about; expected positive: all and dataset.label: {self.dataset.positive!r}"
+            )
 
     def _refuse_idle_sections(self, prefix: str) -> None:
         """Sections this release validates but does not act on yet must not be ignored in silence."""
@@ -376,6 +423,20 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         RecipeError: With file:line, what was found and the nearest known name.
     """
+    raw, lines = read_recipe(path, overrides)
+    if "sweep" in raw:
+        raise RecipeError(f"{path}: holds a sweep, which is many runs; start it with: llmrec plan --sweep {path}")
+    return parse_recipe(raw, where=str(path), lines=lines)
+
+
+def read_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[tuple[Any, ...], int | str]]:
+    """Plain values of a recipe file with its overrides, and the line of each key.
+
+    Raises:
+        RecipeError: The file is missing or no YAML mapping, or an override has no place.
+    """
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no recipe {path}; `llmrec list recipes` shows those that come with the package")
@@ -387,10 +448,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(f"{path}: expected keys and values, found {type(raw).__name__}")
     lines = _key_lines(node)
     for override in overrides:
-        place = _apply_override(raw, override)
+        place = apply_override(raw, override)
         lines = {known: line for known, line in lines.items() if known[: len(place)] != place}
         lines[place] = f"--set {override}"
-    return parse_recipe(raw, where=str(path), lines=lines)
+    return raw, lines
 
 
 def _load_yaml(text: str, name: str) -> tuple[Any, Any]:
@@ -452,7 +513,12 @@ def _key_lines(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], i
     return found
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> tuple[Any, ...]:
+def apply_override(raw: dict[str, Any], override: str) -> tuple[Any, ...]:
+    """Put the value of an `a.b=value` text into plain values; returns the keys of its place.
+
+    Raises:
+        RecipeError: The text has no value, or the place does not exist.
+    """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"--set {override}: expected a.b=value")

@@ -120,6 +120,11 @@ class Recommender:
             refuse_code(recipe, str(run))
         if base_model is not None and recipe.llm is not None:
             recipe.llm.model, recipe.llm.revision = base_model, None
+        if recipe.evaluate.mode == "pointwise":
+            raise CheckpointError(
+                f"{run} learned to predict actions (evaluate.mode: pointwise), not to rank items: its scores of items "
+                "were never trained. `llmrec evaluate` measures it; for recommendations train with strategy next_item"
+            )
         data = load_dataset(found, dataset)
         loaded, name, encoder = load_system(found, recipe, data, system)
         vectors = None

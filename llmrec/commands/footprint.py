@@ -51,7 +51,7 @@ def read_side_parts(recipe: Recipe) -> SideParts:
     kind: Any = discovery.resolve("encoder", recipe.encoder.type)
     if not kind.trainable:
         return SideParts(items, 0, 0, 0)
-    options = {"num_items": items or 1, "max_history": recipe.dataset.max_history, **recipe.encoder.options}
+    options = {"num_items": items or 1, "max_history": recipe.encoder_positions, **recipe.encoder.options}
     with torch.device("meta"), torch.no_grad():
         encoder = kind(kind.config_class(**options))
         width = int(encoder.item_vectors().shape[1])

@@ -50,7 +50,7 @@ class SequenceBatch(TypedDict, total=False):
     target_timestamps: LongTensor  # [B] the query time, for models that condition on it
     targets: LongTensor  # [B, L] the next item at each position, 0 = not supervised
     trajectory: LongTensor  # [B, T] the next T items
-    labels: FloatTensor  # [B] or [B, L], pointwise tasks
+    labels: FloatTensor  # [B] or [B, L], pointwise tasks: 1 where the action at an event was positive, else 0
     negatives: LongTensor  # [B, L, K] or [K]
     candidates: LongTensor  # [B, C]
     seen: LongTensor  # [B, S] the WHOLE history, padded with 0; `item_ids` may be a shorter window of it

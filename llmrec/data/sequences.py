@@ -34,7 +34,8 @@ class SequenceExamples:
     """Index-based examples over one event stream; a map-style data set for torch's DataLoader.
 
     Example i has inputs `items[start[i]:end[i]]`. Sparse examples (dense False) are supervised by `items[end[i]]`
-    at their last position; dense ones at every position by the following event.
+    at their last position; dense ones at every position by the following event. With `labels` an example has no next
+    item: what is asked for is the action at its last input (sparse) or at every input (dense).
 
     Args:
         items: [N] int64, item of each event of the stream, users one after the other.
@@ -42,6 +43,8 @@ class SequenceExamples:
         users, first, start, end, example_ids: [n] int64; `first` is the first event of the example's user.
         dense: Whether every position is supervised.
         candidates: [n, C] int64 candidate lists, aligned with the examples, or None.
+        labels: [N] int64, 1 where the action at an event was positive, else 0 (`llmrec.data.labels`); None for
+            next-item examples.
     """
 
     items: np.ndarray
@@ -53,6 +56,7 @@ class SequenceExamples:
     example_ids: np.ndarray
     dense: bool
     candidates: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -60,10 +64,10 @@ class SequenceExamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         first, start, end = int(self.first[index]), int(self.start[index]), int(self.end[index])
         inputs = self.items[start:end]
-        if self.dense:
+        targets = np.zeros(end - start, dtype=np.int64)
+        if self.labels is None and self.dense:
             targets = self.items[start + 1 : end + 1]
-        else:
-            targets = np.zeros(end - start, dtype=np.int64)
+        elif self.labels is None:
             targets[-1] = self.items[end]
         row: dict[str, Any] = {
             "user_id": int(self.users[index]),
@@ -74,15 +78,20 @@ class SequenceExamples:
         }
         if self.timestamps is not None:
             row["timestamps"] = self.timestamps[start:end]
-            row["target_timestamp"] = int(self.timestamps[end])
+            row["target_timestamp"] = int(self.timestamps[self._asked(end)])
+        if self.labels is not None:
+            row["labels"] = self.labels[start:end]
         if self.candidates is not None:
             row["candidates"] = self.candidates[index]
         return row
 
+    def _asked(self, end: Any) -> Any:
+        return end if self.labels is None else end - 1
+
     @property
     def targets(self) -> np.ndarray:
-        """[n] int64: the event right after each example's inputs."""
-        return self.items[self.end]
+        """[n] int64: the event right after each example's inputs; with labels, the last input itself."""
+        return self.items[self._asked(self.end)]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -103,8 +112,13 @@ class SequenceExamples:
         return replace(self, candidates=candidates)
 
 
-def prefix_examples(dataset: InteractionDataset, split: str, max_history: int) -> SequenceExamples:
-    """See `InteractionDataset.histories`; `example_ids` are rows of the interactions table."""
+def prefix_examples(
+    dataset: InteractionDataset, split: str, max_history: int, labels: np.ndarray | None = None
+) -> SequenceExamples:
+    """See `InteractionDataset.histories`; `example_ids` are rows of the interactions table.
+
+    With `labels` (one for each row of the table) the event itself is the last input, and a user's first event counts.
+    """
     if split not in CONTEXT_OF:
         raise DataError(f"no targets in split {split!r}", expected=", ".join(CONTEXT_OF))
     keep = np.isin(dataset.split_codes, [SPLITS.index(name) for name in CONTEXT_OF[split]])
@@ -112,29 +126,35 @@ def prefix_examples(dataset: InteractionDataset, split: str, max_history: int) -
     users = dataset.column(USER)[rows].astype(np.int64)
     first_of_user = np.searchsorted(users, users, side="left")
     position = np.flatnonzero(dataset.split_codes[rows] == SPLITS.index(split))
-    position = position[position > first_of_user[position]]  # a target without history cannot be asked for
-    first = first_of_user[position]
+    if labels is None:
+        position = position[position > first_of_user[position]]  # a target without history cannot be asked for
+    first, end = first_of_user[position], position if labels is None else position + 1
     return SequenceExamples(
         items=dataset.column(ITEM)[rows].astype(np.int64),
         timestamps=dataset.column(TIMESTAMP)[rows].astype(np.int64) if "timestamps" in dataset.fields else None,
         users=users[position],
         first=first,
-        start=np.maximum(first, position - max_history),
-        end=position,
+        start=np.maximum(first, end - max_history),
+        end=end,
         example_ids=rows[position],
         dense=False,
+        labels=None if labels is None else labels[rows],
     )
 
 
-def window_examples(dataset: InteractionDataset, split: str, max_history: int) -> SequenceExamples:
+def window_examples(
+    dataset: InteractionDataset, split: str, max_history: int, labels: np.ndarray | None = None
+) -> SequenceExamples:
     """Windows of at most `max_history` inputs that supervise every event but each user's first, exactly once.
 
     Windows are laid from the end of the history, so the latest window is full; `example_ids` count the windows.
+    With `labels` (one for each row of the table) every event is an input exactly once, and its label is asked for.
     """
     rows = np.flatnonzero(dataset.split_codes == SPLITS.index(split))
     users = dataset.column(USER)[rows].astype(np.int64)
     first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.zeros(0, np.int64)
-    last = np.r_[first[1:], len(users)] - 1  # the last event of a user is a target only
+    # Without labels the last event of a user is a target only.
+    last = np.r_[first[1:], len(users)] - (1 if labels is None else 0)
     windows = np.maximum(0, -(-(last - first) // max_history))
     owner = np.repeat(np.arange(len(first)), windows)
     number = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
@@ -150,6 +170,7 @@ def window_examples(dataset: InteractionDataset, split: str, max_history: int) -
         end=end,
         example_ids=np.arange(len(owner)),
         dense=True,
+        labels=None if labels is None else labels[rows],
     )
 
 
@@ -177,7 +198,10 @@ class SequenceCollator:
         }
         if "timestamps" in rows[0]:
             batch["timestamps"] = pad_right([row["timestamps"] for row in rows])
+        if "target_timestamp" in rows[0]:
             batch["target_timestamps"] = torch.tensor([row["target_timestamp"] for row in rows])
+        if "labels" in rows[0]:
+            batch["labels"] = pad_right([row["labels"] for row in rows]).float()
         if "candidates" in rows[0]:
             batch["candidates"] = torch.from_numpy(np.stack([row["candidates"] for row in rows]))
         if self.with_seen:
@@ -195,29 +219,3 @@ def pad_right(rows: Sequence[np.ndarray], fill: int = 0) -> Any:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return torch.from_numpy(padded)
-
-
-def history_batch(
-    histories: Sequence[Sequence[int]], max_history: int, *, user_ids: Sequence[int] | None = None
-) -> SequenceBatch:
-    """A batch for recommending to given histories of item ids (the latest `max_history` are the inputs).
-
-    Raises:
-        DataError: A history is empty.
-    """
-    import torch
-
-    for number, history in enumerate(histories):
-        if not len(history):
-            raise DataError(
-                f"history {number} is empty",
-                expected="at least one item of the catalogue",
-                remedy="give a history, or ask for the popular list (--on-empty popular)",
-            )
-    windows = [np.asarray(history, dtype=np.int64)[-max_history:] for history in histories]
-    return {
-        "item_ids": pad_right(windows),
-        "lengths": torch.tensor([len(window) for window in windows]),
-        "user_ids": torch.tensor(list(user_ids) if user_ids is not None else [0] * len(windows)),
-        "seen": pad_right([np.asarray(history, dtype=np.int64) for history in histories]),
-    }

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from llmrec.blocks.event_times import query_times
+from llmrec.blocks.interleaving import POSITIVE, action_ids, interleave, item_places, known_actions, token_lengths
 from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
 from llmrec.blocks.readout import gather_last, top_items
 from llmrec.data.schema import Ranking
@@ -44,6 +45,8 @@ class SequenceEncoderConfig(PreTrainedConfig):
         similarity: "dot", or "cosine" (both sides L2-normalised).
         temperature: Scores are divided by it; leave at 1 for "dot".
         initializer_range: Standard deviation of normal initial weights.
+        action_tokens: Add an action embedding and a head for `score_actions`; max_history then counts tokens, 2L for L
+            events.
         dataset_fingerprint: Data set the encoder was trained on; set on saving.
     """
 
@@ -57,6 +60,7 @@ class SequenceEncoderConfig(PreTrainedConfig):
     similarity: Literal["dot", "cosine"] = "dot"
     temperature: float = 1.0
     initializer_range: float = 0.02
+    action_tokens: bool = False
     dataset_fingerprint: str | None = None
 
 
@@ -102,6 +106,12 @@ class SequenceEncoder(PreTrainedModel, ABC):
     trainable: ClassVar[bool] = True
 
     item_embedding: nn.Embedding
+
+    def __init__(self, config: SequenceEncoderConfig) -> None:
+        super().__init__(config)
+        if config.action_tokens:
+            self.action_embedding = nn.Embedding(POSITIVE + 1, config.hidden_size, padding_idx=0)
+            self.action_head = nn.Linear(config.hidden_size, 1)
 
     @classmethod
     def from_context(cls, config: SequenceEncoderConfig, context: DataContext) -> Self:
@@ -216,6 +226,39 @@ class SequenceEncoder(PreTrainedModel, ABC):
         candidates = batch.get("candidates")
         scores = self.score_items(batch) if candidates is None else self.score_candidates(batch)
         return Ranking(*top_items(scores, k, seen=batch.get("seen"), candidates=candidates))
+
+    def encode_actions(self, batch: SequenceBatch) -> EncoderOutput:
+        """States at the items of the token sequence i1, a1, i2, ..., iL; see `llmrec.blocks.interleaving`.
+
+        Args:
+            batch: `labels` [B, L] are the actions; a row's last one is not read.
+
+        Returns:
+            `hidden` [B, L, d]: a causal state t has seen items 1..t and actions 1..t-1.
+
+        Raises:
+            RecipeError: The encoder was built without `action_tokens`.
+        """
+        if not self.config.action_tokens:
+            raise RecipeError(f"{type(self).__name__} has no action tokens; set encoder.action_tokens: true")
+        item_ids, lengths, labels = batch["item_ids"], batch["lengths"], batch["labels"]
+        known = known_actions(lengths, item_ids.shape[1])
+        tokens: SequenceBatch = {**batch, "lengths": token_lengths(lengths)}
+        tokens["item_ids"] = interleave(item_ids, item_ids * known)
+        if "timestamps" in batch:  # an action happens when its item is shown
+            tokens["timestamps"] = interleave(batch["timestamps"], batch["timestamps"] * known)
+            tokens["target_timestamps"] = gather_last(batch["timestamps"], lengths)
+        actions = self.action_embedding(action_ids(labels, lengths))
+        output: EncoderOutput = self(
+            **self.inputs(tokens), item_embeds=interleave(self.item_embedding(item_ids), actions)
+        )
+        output.hidden = item_places(output.hidden)
+        return output
+
+    def score_actions(self, batch: SequenceBatch) -> Tensor:
+        """[B, L] float32 logits that the action at each item is positive, its own label unseen."""
+        hidden = self.encode_actions(batch).hidden
+        return self.action_head(hidden).squeeze(-1).float()
 
     @staticmethod
     def last_state(hidden: Tensor, lengths: Tensor) -> Tensor:

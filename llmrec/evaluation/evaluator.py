@@ -2,7 +2,8 @@
 
 A `CatalogueScorer` gets exact ranks by counting; candidate lists are scored by `score_candidates`; a system that can
 only recommend is measured on its list, and the result's label says so. With mode "generate" a system gives one answer
-per example. The target never reaches the system: its place in every row is blanked before the batch is made.
+per example, with mode "pointwise" one logit per event. The target (or the event's own action) never reaches the system:
+its place in every row is blanked before the batch is made.
 
 Under a launcher the batches are divided over the processes (`llmrec.evaluation.shards`); all end with the same result.
 """
@@ -23,6 +24,7 @@ from llmrec.data.sequences import SequenceCollator, pad_right
 from llmrec.errors import DataError
 from llmrec.evaluation.found import Found, with_drawn_candidates
 from llmrec.evaluation.measuring import Job, choose_step, judge
+from llmrec.evaluation.pointwise import asked_events, pointwise_result
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.results import EvalResult, print_results, results_record, summarise
 from llmrec.evaluation.shards import exchange, ranks
@@ -70,6 +72,8 @@ class Evaluator:
             DataError: The split holds no examples, a score is NaN, or the system's output has a wrong shape.
         """
         protocol = self.protocol.resolve(dataset)
+        if protocol.mode == "pointwise":
+            return self._run_pointwise(recommender, dataset, protocol, name)
         if seed is not None:
             protocol = replace(protocol, seeds=(seed,))
         examples = dataset.histories(protocol.split, protocol.max_history)  # type: ignore[arg-type]
@@ -105,7 +109,17 @@ class Evaluator:
             measured=measured[0][1],
         )
 
-    def _measure(self, job: Job, seed: int, name: str) -> tuple[pa.Table, str]:
+    def _run_pointwise(
+        self, recommender: Recommender, dataset: InteractionDataset, protocol: EvalProtocol, name: str
+    ) -> EvalResult:
+        examples = asked_events(dataset, protocol)
+        job = Job(recommender, dataset, examples, protocol, Found.empty(len(examples), 1))
+        with _evaluation_mode(recommender):
+            self._fill(job, name)
+        return pointwise_result(name, dataset, protocol, examples, job.found.scores[:, 0])
+
+    def _fill(self, job: Job, name: str) -> str:
+        """Measure all examples of a job; how they were measured."""
         step, measured = choose_step(job)
         rows = self.batch_size
         if callable(getattr(job.recommender, "score_items", None)):
@@ -115,6 +129,10 @@ class Evaluator:
         for index in self._shown(ranks().turns(parts), name):
             step(job, self._batch(job, index), index)
         exchange(job.found, parts)
+        return measured
+
+    def _measure(self, job: Job, seed: int, name: str) -> tuple[pa.Table, str]:
+        measured = self._fill(job, name)
         found, examples = job.found, job.examples
         if job.protocol.mode == "generate" and found.texts is not None and examples.candidates is not None:
             judge(job)
@@ -145,6 +163,8 @@ class Evaluator:
         rows = [examples[i] for i in index]
         for row in rows:
             row["targets"] = np.zeros_like(row["targets"])
+            if "labels" in row:
+                row["labels"] = np.append(row["labels"][:-1], 0)
         own: Callable[[list[dict[str, Any]]], SequenceBatch] | None = getattr(job.recommender, "collate", None)
         batch: dict[str, Any] = dict((own or SequenceCollator(with_seen=True))(rows))
         batch.setdefault("seen", pad_right([row["seen"] for row in rows]))

@@ -7,6 +7,7 @@ candidates) they are drawn together, because they are not independent.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -118,6 +119,41 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap interval of one mean; see `bootstrap_means`."""
     return bootstrap_means(values, seed, users=users, resamples=resamples, level=level)[0]
+
+
+def bootstrap_statistic(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    users: np.ndarray,
+    seed: int,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Interval:
+    """Percentile bootstrap interval over users of a figure that is no mean, such as AUC.
+
+    Args:
+        statistic: [R, n] how often each event was drawn -> [R] values; NaN where a draw has none.
+        users: [n] user of each event; events of a user are drawn together.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
+        level: Coverage aimed at.
+
+    Raises:
+        ValueError: There are no events, or the statistic has no value on them.
+    """
+    centre = float(statistic(np.ones((1, len(users))))[0]) if len(users) else math.nan
+    if not math.isfinite(centre):
+        raise ValueError("the statistic has no finite value on these events")
+    _, place = np.unique(users, return_inverse=True)
+    rng, drawn, total = np.random.default_rng(seed), [], int(place.max()) + 1
+    step = max(1, _BLOCK // len(users))
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        weights = rng.multinomial(total, np.full(total, 1.0 / total), size=size)
+        drawn.append(statistic(weights[:, place]))
+    tails = [(1 - level) / 2, 1 - (1 - level) / 2]
+    low, high = np.nanquantile(np.concatenate(drawn), tails)
+    return Interval(centre, float(low), float(high))
 
 
 def paired_test(

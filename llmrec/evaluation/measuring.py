@@ -1,4 +1,4 @@
-"""The steps of a measurement: exact ranks over the catalogue, candidate scores, lists, and single answers."""
+"""The steps of a measurement: exact ranks over the catalogue, candidate scores, lists, answers, logits of actions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrec.errors import DataError
 from llmrec.evaluation.found import Found, list_ranks
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.ranking import rank_by_count, rank_of_column, top_k
-from llmrec.evaluation.results import ANSWERS, EXACT_RANKS
+from llmrec.evaluation.results import ANSWERS, EXACT_RANKS, LOGITS
 from llmrec.evaluation.text_answers import judge_answers
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ Step = Callable[[Job, Any, np.ndarray], None]
 
 def choose_step(job: Job) -> tuple[Step, str]:
     """How a system is measured, from what it can do: the step and its name ("exact ranks", "top-20 lists", ...)."""
+    if job.protocol.mode == "pointwise":
+        return _action_step, LOGITS
     scores_items = callable(getattr(job.recommender, "score_items", None))
     if job.protocol.mode == "generate":
         return _answer_step, ANSWERS
@@ -99,6 +101,22 @@ def _list_step(job: Job, batch: Any, index: np.ndarray) -> None:
 
 def _answer_step(job: Job, batch: Any, index: np.ndarray) -> None:
     _list_step(job, batch, index)  # the cuts of mode "generate" are (1,), so the list has one place
+
+
+def _action_step(job: Job, batch: Any, index: np.ndarray) -> None:
+    score_actions = getattr(job.recommender, "score_actions", None)
+    if not callable(score_actions):
+        raise DataError(
+            f"{type(job.recommender).__name__} gives no logits of actions",
+            expected="score_actions(batch) -> [B, L]",
+            remedy="train an encoder with action_tokens by the strategy 'action'",
+        )
+    logits = score_actions(batch).float()
+    _expect_shape(logits, tuple(batch["item_ids"].shape), "score_actions")
+    asked = logits.gather(1, batch["lengths"].to(logits.device)[:, None] - 1)[:, 0]
+    if bool(asked.isnan().any()):
+        raise DataError("the model's logits hold NaN", remedy="look for a diverged training run (loss NaN)")
+    job.found.scores[index, 0] = asked.cpu().numpy()
 
 
 def _keep_texts(job: Job, texts: list[str], index: np.ndarray) -> None:

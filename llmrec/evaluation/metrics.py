@@ -9,6 +9,13 @@ Glossary (r the rank of the only target of an example, k the cut):
     novelty@k   mean over list entries of -log2((c_i + 1) / (N + I)), c_i training events of item i, N their sum
     gini@k      inequality of how often each item of the catalogue is recommended: 0 equal, near 1 a few items only
 
+Pointwise (s the logit of an event, y its label, 1 or 0):
+
+    auc         share of pairs of a positive and a negative event in which the positive one has the greater s; ties half
+    gauc        mean over events of the AUC within the event's user, so users weigh by their events; users whose events
+                have one label are left out
+    logloss     mean of -log sigmoid(s) for positive and -log sigmoid(-s) for negative events, in nats
+
 A rank of NaN or infinity means that the target was not found. Ties give half ranks, and the formulas hold for them.
 """
 
@@ -69,3 +76,41 @@ def list_statistics(lists: np.ndarray, train_counts: np.ndarray) -> ListStatisti
     gini = float((weights * np.sort(used)).sum() / (num_items * used.sum())) if used.sum() else 0.0
     novelty = np.divide(total, size, out=np.full(len(lists), np.nan), where=size > 0)
     return ListStatistics(float((used > 0).mean()), gini, novelty)
+
+
+def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve: P(s+ > s-) + P(s+ = s-) / 2 over pairs of a positive and a negative event.
+
+    Args:
+        scores: [n].
+        labels: [n], 1 positive and 0 negative.
+        weights: [R, n] how often each event counts, R times; None is once.
+
+    Returns:
+        [R] (R = 1 without weights); NaN where all events have one label.
+    """
+    order = np.argsort(scores, kind="stable")
+    scores, positive = scores[order], labels[order] > 0
+    counts = np.ones((1, len(scores))) if weights is None else weights[:, order].astype(np.float64)
+    if not len(scores):
+        return np.full(len(counts), np.nan)
+    ties = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
+    good = np.add.reduceat(counts * positive, ties, axis=1)
+    bad = np.add.reduceat(counts * ~positive, ties, axis=1)
+    below = np.cumsum(bad, axis=1) - bad
+    won, pairs = (good * (below + 0.5 * bad)).sum(axis=1), good.sum(axis=1) * bad.sum(axis=1)
+    return np.divide(won, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+
+
+def user_auc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """[n] AUC within the user of each event, NaN where that user has one label; the mean of the others is GAUC."""
+    values = np.full(len(users), np.nan)
+    order = np.argsort(users, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(users[order])) + 1):
+        values[rows] = auc(scores[rows], labels[rows])[0]
+    return values
+
+
+def log_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[n] log(1 + exp(-s)) for positive events, log(1 + exp(s)) for negative ones."""
+    return np.logaddexp(0.0, np.where(labels > 0, -1.0, 1.0) * scores.astype(np.float64))

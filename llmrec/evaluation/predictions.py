@@ -42,6 +42,13 @@ def load_predictions(path: str | Path) -> EvalResult:
         raise DataError("no predictions here", file=path, expected="a file written by `llmrec evaluate`")
     table = _open_parquet(path).read()
     info = read_info(table)
+    if info is not None and info["protocol"].get("mode") == "pointwise":
+        raise DataError(
+            "these are logits of events, not ranks",
+            file=path,
+            expected="a table of ranks or lists",
+            remedy=f"AUC and GAUC stand in {path.parent.parent / 'metrics.json'}",
+        )
     if info is None or table.schema.names != SCHEMA.names:
         raise DataError(
             "not a per-user table of llmrec",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
 
 CandidateKind = Literal["uniform", "popularity"]
-Mode = Literal["score", "generate"]
+Mode = Literal["score", "generate", "pointwise"]
 KINDS: tuple[str, ...] = get_args(CandidateKind)
 MODES: tuple[str, ...] = get_args(Mode)
 FULL = "full"
@@ -41,9 +41,11 @@ class EvalProtocol:
         kind: How the C - 1 items are drawn, "uniform" or "popularity".
         ks: Cuts of the metrics, ascending.
         remove_seen: Whether items of the history are taken out of a full ranking; None follows the data set.
-        mode: "score" ranks by scores or lists, "generate" asks for one answer.
+        mode: "score" ranks by scores or lists, "generate" asks for one answer, "pointwise" asks for the logit that the
+            action at each event is positive, given all earlier events and their actions.
         seeds: Draws of candidates.
         max_history: Latest events given to the system.
+        label_rule: Pointwise only: which actions are positive ("rating >= 4"); None reads the column "label".
 
     Raises:
         RecipeError: A value that has no meaning.
@@ -57,6 +59,7 @@ class EvalProtocol:
     mode: Mode = "score"
     seeds: tuple[int, ...] = (42,)
     max_history: int = 50
+    label_rule: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ks", tuple(sorted({int(k) for k in self.ks})))
@@ -68,6 +71,14 @@ class EvalProtocol:
             (not self.ks or min(self.ks, default=0) < 1, f"ks {self.ks} must be cuts of at least 1"),
             (not self.seeds, "seeds must name at least one draw of candidates"),
             (self.max_history < 1, f"max_history {self.max_history} must be at least 1"),
+            (
+                self.mode == "pointwise" and self.candidates != FULL,
+                f"candidates {self.candidates!r} have no meaning for mode 'pointwise', which asks about each event",
+            ),
+            (
+                self.mode != "pointwise" and self.label_rule is not None,
+                f"label_rule {self.label_rule!r} has no meaning for mode {self.mode!r}",
+            ),
         ]
         for wrong, message in problems:
             if wrong:
@@ -104,6 +115,8 @@ class EvalProtocol:
     @property
     def slug(self) -> str:
         """Folder name of an evaluation, such as "test-full" or "test-candidates-20-uniform-generate"."""
+        if self.mode == "pointwise":
+            return f"{self.split}-pointwise"
         parts = [self.split, self.candidates]
         if self.num_candidates is not None:
             parts.append(self.kind)
@@ -119,6 +132,8 @@ class EvalProtocol:
 
     def label(self) -> str:
         """One line for people, such as "full ranking, test, seen removed"."""
+        if self.mode == "pointwise":
+            return f"pointwise actions ({self.label_rule or 'column label'}), {self.split}"
         if self.num_candidates is None:
             seen = {None: "seen items as the data set says", True: "seen removed", False: "seen kept"}[self.remove_seen]
             label = f"full ranking, {self.split}, {seen}"
@@ -133,7 +148,9 @@ class EvalProtocol:
     def fingerprint_of(self, dataset_fingerprint: str, *, remove_seen: bool) -> str:
         """`fingerprint` from a recorded data set fingerprint; `remove_seen` is the default when None is set."""
         question: dict[str, Any] = {"split": self.split, "candidates": self.candidates, "mode": self.mode}
-        if self.num_candidates is None:
+        if self.mode == "pointwise":
+            question["label_rule"] = self.label_rule
+        elif self.num_candidates is None:
             question["remove_seen"] = remove_seen if self.remove_seen is None else self.remove_seen
         else:
             question |= {"kind": self.kind, "seeds": list(self.seeds)}

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-EXACT_RANKS, ANSWERS = "exact ranks", "answers"
+EXACT_RANKS, ANSWERS, LOGITS = "exact ranks", "answers", "logits"
+USUAL = (EXACT_RANKS, ANSWERS, LOGITS)
+"""Ways of measuring that the protocol names already; others are said beside the system."""
 Estimate = dict[str, float | None]
 """{"mean", "low", "high"}; low and high are null for statistics of the whole catalogue (coverage, gini), which are
 not means over users, so that resampling users would shift them."""
@@ -39,7 +41,7 @@ class EvalResult:
         fingerprint: Fingerprint of protocol and data set.
         dataset: Fingerprint of the data set.
         users: Number of users.
-        measured: "exact ranks", "answers", or "top-20 lists" where a system only gives lists.
+        measured: "exact ranks", "answers", "logits", or "top-20 lists" where a system only gives lists.
         notes: Remarks, such as rows put aside.
     """
 
@@ -62,7 +64,7 @@ class EvalResult:
     def label(self) -> str:
         """The protocol's label, with the way of measuring where it is not by exact ranks."""
         label = self.protocol.label()
-        return label if self.measured in (EXACT_RANKS, ANSWERS) else f"{label}, by {self.measured}"
+        return label if self.measured in USUAL else f"{label}, by {self.measured}"
 
     def info(self) -> dict[str, Any]:
         """What is stored in the metadata of the table."""
@@ -228,7 +230,7 @@ def results_table(record: Mapping[str, Any], metrics: Sequence[str] | None = Non
         table.add_column(name, justify="right")
     for system, values in record["models"].items():
         measured = record["measured"].get(system, EXACT_RANKS)
-        marked = system if measured in (EXACT_RANKS, ANSWERS) else f"{system} (by {measured})"
+        marked = system if measured in USUAL else f"{system} (by {measured})"
         table.add_row(Text(marked), *(_cell(values.get(name)) for name in shown))
     return table
 

@@ -147,8 +147,10 @@ class ItemSlotRecommender(LLMRecommender):
             return {}
         expected = "one gate per position, [B, L, width]: a gate per sequence would show later items to earlier places"
         if kind == "gates":
+            # An encoder with one answer per sequence in `gates` has its causal ones beside it.
+            source = getattr(self.encoder, "position_gates", self.encoder.gates)
             with torch.no_grad():
-                value = expect_dims(self.encoder.gates(batch), 3, expected)
+                value = expect_dims(source(batch), 3, expected)
             before = value.new_full((len(value), len(self.prefix_ids), value.shape[-1]), 1.0 / value.shape[-1])
         else:
             given = batch.get("user_repr")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,12 @@ class StepLoss:
 
 
 class TrainingStrategy(ABC):
-    """The objective of one stage; wraps any encoder, head or LLM recommender."""
+    """The objective of one stage; wraps any encoder, head or LLM recommender.
+
+    Class attribute `uses`: batch fields the objective needs besides items and targets, such as {"labels"}.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     def prepare(self, context: TrainContext, model: nn.Module, generator: torch.Generator) -> None:  # noqa: B027
         """Called once before the first step: build pools, levels, teachers. The default does nothing."""

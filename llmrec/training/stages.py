@@ -18,10 +18,12 @@ import torch
 from llmrec import discovery
 from llmrec.data.catalogue import item_index
 from llmrec.data.dataset import InteractionDataset
-from llmrec.data.sequences import SequenceCollator
+from llmrec.data.labels import event_labels, labelled_windows
+from llmrec.data.sequences import SequenceCollator, prefix_examples
 from llmrec.encoders.base import check_fields
 from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
+from llmrec.evaluation.pointwise import rate_results
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
 from llmrec.llm.loading import name_processor_to_deepspeed, own_device
@@ -203,7 +205,7 @@ def _make_encoder(run: Run) -> None:
     config = encoder_class.config_class(
         num_items=run.dataset.num_items,
         num_users=run.dataset.num_users,
-        max_history=run.recipe.dataset.max_history,
+        max_history=run.recipe.encoder_positions,
         dataset_fingerprint=run.dataset.fingerprint,
         **spec.options,
     )
@@ -266,11 +268,12 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
         _make_model(run)
     part = run.encoder if stage.train == "encoder" else run.model
     prompted = stage.train == "tuner" and run.recipe.prompt is not None and run.recipe.prompt.style != "item_slots"
-    examples, collator = _prompted_data(run, stage) if prompted else _dense_data(run, part)
+    strategy = discovery.build("strategy", stage.strategy.type, stage.strategy.options)
+    labelled = "labels" in strategy.uses
+    examples, collator = _prompted_data(run, stage) if prompted else _dense_data(run, part, labelled)
     if stage.max_examples is not None and stage.max_examples < len(examples):
         chosen = np.random.default_rng(run.seed_of(f"stage-{number}-examples")).permutation(len(examples))
         examples = examples.subset(np.sort(chosen[: stage.max_examples]))
-    strategy = discovery.build("strategy", stage.strategy.type, stage.strategy.options)
     identity = {
         "dataset": run.dataset.fingerprint,
         "recipe": hashlib.sha256(_identity_text(run.recipe, number).encode()).hexdigest()[:16],
@@ -284,7 +287,7 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
         output_dir=run.folder.stage(number, stage.train),
         seed=run.seed_of(f"stage-{number}"),
         context=run.dataset.context(),
-        evaluate=_validation(run, part, stage),
+        evaluate=_validation(run, part, stage, labelled),
         identity=identity,
         resume=run.resume,
         force=run.force,
@@ -297,13 +300,19 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
 def _identity_text(recipe: Recipe, number: int) -> str:
     """What decides the weights of stage `number`: everything up to it, not evaluation, report or name."""
     record = recipe.model_dump(mode="json", exclude={"evaluate", "report", "name"})
+    if record["dataset"]["label"] is None:  # runs begun before there was such a key go on
+        del record["dataset"]["label"]
     record["stages"] = record["stages"][:number]
     return repr(sorted(record.items()))
 
 
-def _dense_data(run: Run, part: Any) -> tuple[Any, Any]:
-    max_history = run.recipe.dataset.max_history
+def _dense_data(run: Run, part: Any, labelled: bool) -> tuple[Any, Any]:
+    max_history, rule = run.recipe.dataset.max_history, run.recipe.dataset.label
     dense = getattr(part, "supervises", "all") == "all"
+    if labelled and dense and getattr(part, "causal", True):
+        return labelled_windows(run.dataset, max_history, rule), SequenceCollator()
+    if labelled:
+        return prefix_examples(run.dataset, "train", max_history, event_labels(run.dataset, rule)), SequenceCollator()
     examples = run.dataset.windows(max_history) if dense else run.dataset.histories("train", max_history)
     return examples, SequenceCollator(with_seen=True)
 
@@ -312,7 +321,7 @@ def _prompted_data(run: Run, stage: StageSpec) -> tuple[Any, Any]:
     return run.model.renderer.training_data(run.dataset, stage, seed=run.seed_of("prompts"))
 
 
-def _validation(run: Run, part: Any, stage: StageSpec) -> Callable[[], dict[str, float]] | None:
+def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callable[[], dict[str, float]] | None:
     """Validation metrics of a part as it stands, on all users or a seeded draw of them."""
     from llmrec.data.schema import SPLITS
 
@@ -325,7 +334,8 @@ def _validation(run: Run, part: Any, stage: StageSpec) -> Callable[[], dict[str,
     seeds = spec.seeds[:1]
     if stage.train == "encoder":
         spec = spec.model_copy(update={"protocol": "full"})  # an encoder can always be asked the harder question
-    protocol = _protocol(spec, run.recipe.dataset.max_history, split="valid", mode="score", seeds=seeds, ks=ks)
+    asked = {"mode": "pointwise", "label_rule": run.recipe.dataset.label} if labelled else {"mode": "score"}
+    protocol = _protocol(spec, run.recipe.dataset.max_history, split="valid", seeds=seeds, ks=ks, **asked)
 
     def evaluate() -> dict[str, float]:
         result = Evaluator(protocol, spec.batch_size, run.device, progress=False).run(part, dataset)
@@ -363,11 +373,17 @@ def evaluate_run(run: Run, spec: EvaluateSpec, *, primary: bool = True) -> dict[
     Returns:
         The record of all systems measured under the system's own protocol.
     """
-    protocol = _protocol(spec, run.recipe.dataset.max_history)
+    rule = {"label_rule": run.recipe.dataset.label} if spec.mode == "pointwise" else {}
+    protocol = _protocol(spec, run.recipe.dataset.max_history, **rule)
     dataset = _some_users(run.dataset, spec.max_users, run.recipe.seed)
     evaluator = Evaluator(protocol, spec.batch_size, run.device)
-    systems = {**_baselines(run, spec), system_name(run.recipe): run.model if run.model is not None else run.encoder}
     results: dict[str, EvalResult] = {}
+    systems: dict[str, Any] = {}
+    if spec.mode == "pointwise":
+        results |= rate_results(spec.baselines, dataset, protocol.resolve(dataset), train=run.dataset)
+    else:
+        systems |= _baselines(run, spec)
+    systems[system_name(run.recipe)] = run.model if run.model is not None else run.encoder
     for name, system in systems.items():
         chosen = evaluator
         if spec.mode == "generate" and not hasattr(system, "renderer"):
@@ -434,7 +450,7 @@ def _store_gates(run: Run, protocol: EvalProtocol) -> None:
     for start in range(0, len(examples), 256):
         batch = SequenceCollator()([examples[i] for i in range(start, min(start + 256, len(examples)))])
         batch = {name: value.to(run.device) for name, value in batch.items()}  # type: ignore[attr-defined, assignment]
-        rows.append(inner.compute_gates("default", run.encoder.user_representation(batch)).float().cpu())
+        rows.append(_gates_after(run, inner, batch).float().cpu())
     if not ranks().is_first:
         return
     gates = torch.cat(rows).numpy()
@@ -442,6 +458,14 @@ def _store_gates(run: Run, protocol: EvalProtocol) -> None:
     path = run.folder.evaluation(protocol.resolve(run.dataset).slug) / "gates.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
+
+
+def _gates_after(run: Run, inner: Any, batch: Any) -> torch.Tensor:
+    """[B, E] expert weights after the whole history, by the router or by the encoder itself."""
+    if run.model.backbone.gate_kind != "gates":
+        return inner.compute_gates("default", run.encoder.user_representation(batch))
+    weights = inner.compute_gates("default", gates=run.encoder.gates(batch))
+    return weights if weights.dim() == 2 else run.encoder.last_state(weights, batch["lengths"])
 
 
 def open_run(root: Path, *, say: Say = print) -> Run:

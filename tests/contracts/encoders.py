@@ -181,12 +181,14 @@ class EncoderContract:
     def test_later_events_never_change_earlier_states(self, only_causal: None) -> None:
         model, batch = self.model(), take_rows(self.batch(), torch.tensor([0]))
         before, shift = self.states(model, batch), torch.randint(1, self.config.num_items, (1, WINDOW))
+        asked = "target_timestamps" in model.uses  # state t then knows when event t + 1 happens, and nothing else of it
         for t in range(WINDOW - 1):
             changed = dict(batch)
             later = torch.arange(WINDOW) > t
             other = (batch["item_ids"] - 1 + shift) % self.config.num_items + 1
             changed["item_ids"] = torch.where(later, other, batch["item_ids"])
-            changed["timestamps"] = batch["timestamps"] + later * 50 * HOUR
+            moved = torch.arange(WINDOW) > t + asked
+            changed["timestamps"] = batch["timestamps"] + moved * 50 * HOUR
             changed["target_timestamps"] = batch["target_timestamps"] + 100 * HOUR
             after = self.states(model, self.extend(changed))  # type: ignore[arg-type]
             same(after[:, : t + 1], before[:, : t + 1])

@@ -8,6 +8,7 @@ import pytest
 from llmrec.evaluation.intervals import (
     bootstrap_mean,
     bootstrap_means,
+    bootstrap_statistic,
     mcnemar_exact,
     paired_test,
     sign_flip_p_value,
@@ -119,3 +120,24 @@ def test_mcnemar(only_a, only_b, expected):
     assert mcnemar_exact(only_a, only_b) == pytest.approx(expected if expected is not None else reference, rel=1e-6)
     assert mcnemar_exact(only_a, only_b) == pytest.approx(reference, rel=1e-6)
     assert mcnemar_exact(only_a, only_b) == mcnemar_exact(only_b, only_a)
+
+
+def test_a_statistic_that_is_a_mean_has_the_interval_of_a_mean():
+    rng = np.random.default_rng(4)
+    users = np.repeat(np.arange(150), 4)
+    values = rng.normal(size=600) + np.repeat(rng.normal(size=150), 4)
+    mean = bootstrap_mean(values, seed=0, users=users)
+    other = bootstrap_statistic(lambda drawn: drawn @ values / drawn.sum(axis=1), users, seed=0)
+    assert other.mean == pytest.approx(mean.mean)
+    assert (other.low, other.high) == pytest.approx((mean.low, mean.high), abs=0.02)
+    assert other.high - other.low > 1.5 * (2 * 1.96 * values.std() / math.sqrt(600)), "users are drawn, not events"
+
+
+def test_draws_without_a_value_are_left_out_and_events_without_one_refused():
+    def ratio(drawn):
+        return np.divide(drawn[:, 0], drawn[:, 1], out=np.full(len(drawn), np.nan), where=drawn[:, 1] > 0)
+
+    got = bootstrap_statistic(ratio, np.array([1, 2, 3]), seed=0)
+    assert math.isfinite(got.low) and math.isfinite(got.high)
+    with pytest.raises(ValueError, match="no finite value"):
+        bootstrap_statistic(lambda drawn: np.full(len(drawn), np.nan), np.array([1, 2]), seed=0)

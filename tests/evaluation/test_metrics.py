@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.evaluation.metrics import hit_rate, list_statistics, ndcg, reciprocal_rank
+from llmrec.evaluation.metrics import auc, hit_rate, list_statistics, log_loss, ndcg, reciprocal_rank, user_auc
 
 INF = float("inf")
 
@@ -40,3 +40,34 @@ def test_list_statistics_by_hand():
 def test_gini_of_equal_and_of_one_sided_lists():
     assert list_statistics(np.array([[1], [2], [3]]), np.zeros(4)).gini == pytest.approx(0)
     assert list_statistics(np.array([[2], [2], [2]]), np.zeros(4)).gini == pytest.approx(2 / 3)  # (I - 1) / I
+
+
+def pairs_auc(scores, labels):
+    """AUC by its definition, pair by pair."""
+    good, bad = scores[labels > 0], scores[labels == 0]
+    wins = (good[:, None] > bad).sum() + 0.5 * (good[:, None] == bad).sum()
+    return wins / (len(good) * len(bad)) if len(good) and len(bad) else float("nan")
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(1, 4)), min_size=1, max_size=40))
+def test_auc_counts_pairs_and_ties_half(events):
+    scores, labels, users = (np.array(column) for column in zip(*events, strict=True))
+    scores, labels = scores.astype(float), labels.astype(int)
+    assert auc(scores, labels)[0] == pytest.approx(pairs_auc(scores, labels), nan_ok=True)
+    within = user_auc(scores, labels, users)
+    for user in set(users):
+        own = users == user
+        assert within[own] == pytest.approx(pairs_auc(scores[own], labels[own]), nan_ok=True)
+
+
+def test_weights_count_events_several_times():
+    scores, labels = np.array([0.3, 0.1, 0.3, 0.9]), np.array([1, 0, 0, 1])
+    drawn = np.array([[1, 1, 1, 1], [2, 0, 3, 1], [1, 0, 0, 1]])
+    expected = [pairs_auc(np.repeat(scores, times), np.repeat(labels, times)) for times in drawn]
+    assert auc(scores, labels, drawn) == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(auc(scores, labels, drawn)[2])
+
+
+def test_log_loss_by_hand():
+    found = log_loss(np.array([0.0, math.log(3), -1000.0], dtype=np.float32), np.array([1, 0, 1]))
+    assert found == pytest.approx([math.log(2), math.log(4), 1000.0])
