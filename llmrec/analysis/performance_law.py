@@ -442,8 +442,10 @@ def _covariance(jacobian: np.ndarray, variance: float) -> np.ndarray:
 def fit_data_term(amounts: Sequence[float], constants: Sequence[float]) -> DataTerm:
     """Separate w5, kappa and b from the constants of several amounts of data.
 
-    For fixed w5 the term is linear in the factor of x^-w5 (at most 0) and an offset; w5 is searched on a grid and
-    refined.
+    For fixed w5 the term is linear in the factor of x^-w5 (at most 0) and an offset; w5 is searched on a grid of either
+    sign and refined. Three amounts fit two laws, of opposite sign, equally well; then, and where noise leaves the
+    question open, w5 < 0 is taken (a logarithmic gain and a growing decay, as for depth and width) and the sign is
+    named in `unidentified`.
 
     Args:
         amounts: [K] x_k, events times entropy.
@@ -464,23 +466,37 @@ def fit_data_term(amounts: Sequence[float], constants: Sequence[float]) -> DataT
         raise DataError("amounts of data must be positive", found=str(x.min()))
     centre = float(np.log(x).mean())
     z = np.log(x) - centre
-    grid = np.concatenate([-np.geomspace(LARGEST, 1e-3, 400), np.geomspace(1e-3, LARGEST, 400)])
-    errors = [float(np.square(_data_residuals(w, z, c)[0]).sum()) for w in grid]
-    start = float(grid[int(np.argmin(errors))])
-    low, high = sorted((np.sign(start) * 1e-3 / 4, np.sign(start) * 2 * LARGEST))
-    size = float(np.std(c)) or 1.0
-    refined = least_squares(
-        lambda w: _data_residuals(float(w[0]), z, c)[0] / size, [start], bounds=(low, high), xtol=1e-15, ftol=1e-15,
-        gtol=1e-15,
-    )  # fmt: skip
-    w5 = float(refined.x[0])
+    falling, rising = _data_exponent(-1, z, c), _data_exponent(1, z, c)
+    # Slope and bend of c fix |w5| only up to two solutions of opposite sign; a third derivative tells them apart.
+    best = min(falling, rising, key=lambda found: found[1])
+    freedom = len(np.unique(x)) - 3
+    slack = 1 + float(f_distribution.ppf(LEVEL, 1, freedom)) / freedom if freedom else math.inf
+    known = max(falling[1], rising[1]) > best[1] * slack + 1e-20 * float(np.var(c)) and freedom > 0
+    w5 = best[0] if known else falling[0]
     _, scale, mean = _data_residuals(w5, z, c)
     scale_of_x = scale * math.exp(w5 * centre)
     offset = mean + w5 * centre
+    unknown = () if known else ("sign of w5",)
     if scale_of_x >= 0:
-        return DataTerm(w5, math.inf, math.inf, ("kappa", "b"), 0.0, offset)
+        return DataTerm(w5, math.inf, math.inf, (*unknown, "kappa", "b"), 0.0, offset)
     kappa = math.exp(-math.log(-PF * scale_of_x) / w5)
-    return DataTerm(w5, kappa, offset + w5 * math.log(kappa), (), scale_of_x, offset)
+    return DataTerm(w5, kappa, offset + w5 * math.log(kappa), unknown, scale_of_x, offset)
+
+
+def _data_exponent(sign: int, z: np.ndarray, c: np.ndarray) -> tuple[float, float]:
+    """The best w5 of a sign, and its squared error."""
+    grid = sign * np.geomspace(1e-3, LARGEST, 400)
+    start = float(grid[int(np.argmin([float(np.square(_data_residuals(w, z, c)[0]).sum()) for w in grid]))])
+    size = float(np.std(c)) or 1.0
+    found = least_squares(
+        lambda w: _data_residuals(float(w[0]), z, c)[0] / size,
+        [start],
+        bounds=sorted((sign * 1e-3 / 4, sign * 2 * LARGEST)),
+        xtol=1e-15,
+        ftol=1e-15,
+        gtol=1e-15,
+    )
+    return float(found.x[0]), 2 * float(found.cost) * size**2
 
 
 def _data_residuals(w5: float, z: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, float, float]:

@@ -229,17 +229,16 @@ def make_plan(
     if not runs:
         raise RecipeError("found no finished run; expected a pilot to fit")
     limits = _Limits(budget, allowed)
-    fallback = _best_pilot(runs, limits)
     noise = seed_noise(runs)
     if len(runs) < FEWEST_RUNS:
         reason = f"{len(runs)} pilot runs; at least {FEWEST_RUNS} are needed"
-        return Plan("undetermined", (reason,), fallback, (), noise, None, None, None, ())
+        return Plan("undetermined", (reason,), _best_pilot(runs, limits), (), noise, None, None, None, ())
     fit, scaling_r2 = _fit(runs)
     reasons = refusals(fit)
     regimes = tuple(_regime_words(name, axis) for name, axis in (("depth", fit.depth), ("width", fit.width)))
     caveats = _caveats(fit, noise, scaling_r2)
     if reasons:
-        return Plan("undetermined", reasons, fallback, regimes, noise, fit, scaling_r2, None, caveats)
+        return Plan("undetermined", reasons, _best_pilot(runs, limits), regimes, noise, fit, scaling_r2, None, caveats)
     choice = recommend(fit, runs, limits.budget, allowed)
     here = (choice.depth, choice.width)
     doubled = max(run.amount for run in runs)
@@ -386,7 +385,7 @@ def _regime_words(name: str, axis: Any) -> str:
 def _caveats(fit: PerformanceFit, noise: float | None, scaling_r2: tuple[float, float]) -> tuple[str, ...]:
     found = []
     if fit.unidentified:
-        found.append(f"{', '.join(fit.unidentified)} cannot be told apart at these amounts of data; only their sum is")
+        found.append(f"not identified at these amounts of data: {', '.join(fit.unidentified)}")
     if fit.width.spread > WIDEST_INTERVAL:
         found.append(f"the best width is uncertain: 80% interval {fit.width.low:.3g} to {fit.width.high:.3g}")
     if noise is not None and noise > float(np.std(fit.residuals)) and noise > 0:

@@ -1,6 +1,6 @@
 """Multi-head attention over event sequences, with two interchangeable implementations.
 
-Users: `encoders.sasrec`; planned: `encoders.bert4rec` (not causal), generative heads.
+Users: `encoders.sasrec`, `encoders.bert4rec` (not causal), `encoders.caseq`; planned: generative heads.
 
 `sdpa` calls PyTorch's fused kernel. `math` writes the same product out, softmax(Q K^T / sqrt(d_h)) V: the fused kernel
 has no second derivative on CPU, which methods that differentiate through a training step need.

@@ -1,6 +1,6 @@
 """Position-wise feed-forward layers.
 
-Users: `encoders.sasrec`; planned: `encoders.bert4rec`, `encoders.lrurec`, the multi-stage layer of the FuXi encoders.
+Users: `encoders.sasrec`, `encoders.bert4rec`, `encoders.lrurec`, `encoders.mamba4rec`, `encoders.caseq`.
 """
 
 from __future__ import annotations
