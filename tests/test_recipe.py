@@ -14,6 +14,7 @@ from llmrec import recipe as recipe_module
 from llmrec.assets import asset_names, find_asset
 from llmrec.errors import RecipeError
 from llmrec.recipe import Recipe, load_recipe, parse_recipe
+from llmrec.sweeps import is_sweep, load_sweep
 
 GOOD = """\
 name: small
@@ -58,7 +59,10 @@ def test_the_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", asset_names("recipes"))
 def test_recipes_of_the_package_resolve(name: str) -> None:
     path = find_asset("recipes", name)
-    load_recipe(path).resolve(str(path))
+    if is_sweep(path):
+        assert load_sweep(path).points  # each was resolved
+    else:
+        load_recipe(path).resolve(str(path))
 
 
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", "+1e-4", "0.0001", "1.0e-4"])

@@ -135,7 +135,7 @@ def lay_out(sweep: Sweep, out: Path, say: Say) -> list[SweepRun]:
 def _check_validates(recipe: Recipe) -> None:
     if not recipe.stages:
         raise RecipeError("a sweep compares trained runs; found a recipe without `stages`")
-    if recipe.stages[-1].training_arguments.get("eval_strategy", "epoch") == "no":
+    if recipe.stages[-1].training_arguments.get("eval_strategy", "epoch") in ("no", False):
         raise RecipeError(
             "a sweep compares the best validation of each run; found eval_strategy: 'no', expected epoch or steps"
         )

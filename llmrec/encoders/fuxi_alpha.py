@@ -13,9 +13,9 @@ A_p and A_t are used raw: no activation, no division by N. RMSNorm has no parame
 are L2-normalised and scored by cosine similarity at temperature 0.05. All of this is the paper's and its released
 code's; the objective (sampled softmax in the paper) is the recipe's choice.
 
-Departures: N is `max_history` and tables are read at the width of the batch (`blocks.relative_bias`); item vectors
-start normal, not truncated normal; `time` "last" and "none" are ours, and "none" leaves the time channel out, so that
-u and W0 are as wide as two channels.
+Departures: feed-forward maps start normal, not Xavier (`feed_forward_init`); N is `max_history` and tables are read at
+the width of the batch (`blocks.relative_bias`); item vectors start normal, not truncated normal; `time` "last" and
+"none" are ours, and "none" leaves the time channel out, so that u and W0 are as wide as two channels.
 
 Shapes: item_ids [B, L], hidden [B, L, d].
 """
@@ -54,6 +54,10 @@ class FuXiAlphaConfig(TimeAwareConfig):
         value_size: Width of values per head; None is hidden_size / num_heads.
         multiplier: m, the second stage of the feed-forward network works at width m d.
         two_stages: False leaves out that second stage.
+        feed_forward_init: Starting values of W0..W3. "normal" with initializer_range, as FuXi-Linear's release (ours
+            here): the item vectors start small, and the residual stream carries them from the first step on. "xavier"
+            is the published start: the transformed part then outweighs the item vectors, and learning begins hundreds
+            of steps later.
     """
 
     model_type = "llmrec_fuxi_alpha"
@@ -67,9 +71,12 @@ class FuXiAlphaConfig(TimeAwareConfig):
     value_size: int | None = None
     multiplier: int = 1
     two_stages: bool = True
+    feed_forward_init: Literal["normal", "xavier"] = "normal"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.feed_forward_init not in ("normal", "xavier"):
+            raise RecipeError(f"encoder.feed_forward_init: found {self.feed_forward_init!r}, expected normal or xavier")
         for name in ("num_layers", "multiplier"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"encoder.{name}: found {getattr(self, name)}, expected a whole number from 1")
@@ -155,13 +162,13 @@ class FuXiAlphaEncoder(TimeAware, SequenceEncoder):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal projections and tables, Xavier normal positions, Xavier uniform feed-forward maps."""
+        """Normal projections and tables, Xavier normal positions; feed-forward maps as the option says."""
         super()._init_weights(module)
         if isinstance(module, PositionTable | TimeTable):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif module is self.stack.position_embedding:
             nn.init.xavier_normal_(self.stack.position_embedding.weight)
-        elif isinstance(module, nn.Linear) and module in self._feed_forward_maps():
+        elif self.config.feed_forward_init == "xavier" and module in self._feed_forward_maps():
             nn.init.xavier_uniform_(module.weight)
 
     def _feed_forward_maps(self) -> list[nn.Module]:

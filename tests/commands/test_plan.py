@@ -203,7 +203,7 @@ def test_a_terminated_sweep_stops_its_runs_and_goes_on(fake: Any, tmp_path: Path
     words = ["plan", "--sweep", str(path), "--out", str(out)]
     driver = [sys.executable, "-c", DRIVER, str(tmp_path / "fake.py"), *words]
     process = subprocess.Popen(driver, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (started := list(out.glob("started-hidden_size-16-*"))):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
