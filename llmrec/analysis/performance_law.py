@@ -19,12 +19,12 @@ the decaying part: y = a ln N + b ln h + c.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, minimize
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
@@ -343,9 +343,21 @@ def _solve(runs: _Runs) -> _Solution:
         tried.append(refined(signs, angles, 40))
     tried.sort(key=lambda entry: entry[0])
     # A start that creeps along a flat valley rarely wins; the two best go on to the end.
-    _, signs, angles = min((refined(*entry[1:], 400) for entry in tried[:2]), key=lambda entry: entry[0])
-    w3, w4 = of_angle(signs, angles)
+    _, signs, angles = min((refined(*entry[1:], 200) for entry in tried[:2]), key=lambda entry: entry[0])
+    w3, w4 = of_angle(signs, _down_the_valley(lambda at: residuals(of_angle(signs, at)), angles))
     return _linear(runs, float(w3), float(w4))
+
+
+def _down_the_valley(residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> np.ndarray:
+    """Where Gauss-Newton steps creep (a long flat valley with noise), a simplex still gets to the lowest point."""
+
+    def error(at: np.ndarray) -> float:
+        found = residuals(at)
+        return float(found @ found)
+
+    options = {"xatol": 1e-10, "fatol": 1e-14, "maxfev": 400}
+    lower = minimize(error, start, method="Nelder-Mead", options=options)
+    return lower.x if lower.fun < error(start) else start
 
 
 def _starts(errors: np.ndarray, most: int = 5) -> list[tuple[int, int]]:

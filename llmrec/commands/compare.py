@@ -138,7 +138,7 @@ def _load_both(args: Namespace) -> tuple[EvalResult, EvalResult]:
 
 
 def find_predictions(run: str, evaluation: str | None = None) -> Path:
-    """Path of a per-user table named by "folder", "folder:system" or "file.parquet".
+    """Path of a per-user table named by "folder" (the system it trained), "folder:system" or "file.parquet".
 
     Args:
         run: What the user wrote.
@@ -158,6 +158,8 @@ def find_predictions(run: str, evaluation: str | None = None) -> Path:
         raise DataError("no such run", file=run, expected="a run folder, written by `llmrec train` or `quickstart`")
     tables = folder / "evaluations" / _evaluation_of(folder, evaluation) / "predictions"
     systems = {path.stem: path for path in sorted(tables.glob("*.parquet"))}
+    if system is None and len(systems) > 1:
+        system = _own_system(folder)  # the others are baselines beside it
     if system is not None and system not in systems:
         raise DataError(f"no system {system!r} in this evaluation", file=tables, expected=", ".join(systems) or "none")
     if system is None and len(systems) != 1:
@@ -165,6 +167,15 @@ def find_predictions(run: str, evaluation: str | None = None) -> Path:
             f"{tables} holds {len(systems)} systems ({', '.join(systems) or 'none'}); name one, such as {run}:NAME"
         )
     return systems[system] if system is not None else next(iter(systems.values()))
+
+
+def _own_system(folder: Path) -> str | None:
+    """The system a run trained; None where the folder does not say."""
+    from llmrec.recommender import load_run_recipe, system_name
+    from llmrec.run_dir import RunDir
+
+    run = RunDir(folder)
+    return system_name(load_run_recipe(run)) if run.recipe.is_file() else None
 
 
 def _evaluation_of(folder: Path, wanted: str | None) -> str:

@@ -13,6 +13,7 @@ from llmrec.errors import CheckFailed, DataError, RecipeError
 from llmrec.evaluation.evaluator import Evaluator
 from llmrec.evaluation.protocol import EvalProtocol
 from tests.evaluation.small import ListOnly, TableScorer, random_dataset
+from tests.runs import train
 
 DATA = random_dataset(users=60)
 PROTOCOL = EvalProtocol(ks=(1, 3, 10))
@@ -116,6 +117,12 @@ def test_cuts_beyond_a_list_are_refused(folder, tmp_path):
     for metric in ("accuracy", "ndcg", "ndcg@0", "valid_ratio"):
         with pytest.raises(RecipeError):
             call(f"{folder}:random", listed, "--metric", metric)
+
+
+def test_a_run_stands_for_the_system_it_trained(tmp_path):
+    train("sasrec", tmp_path / "run")
+    found = compare.find_predictions(str(tmp_path / "run"))
+    assert found.name == "sasrec.parquet" and len(list(found.parent.glob("*.parquet"))) > 1
 
 
 def test_runs_are_found_or_the_reason_is_said(folder, tmp_path):
