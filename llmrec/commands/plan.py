@@ -307,13 +307,18 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> Any:
     from llmrec.commands.output import tabulate
 
     shown = list(dict.fromkeys(name for run in runs for name in run["test"]))
+    gates = list(dict.fromkeys(name for run in runs for name in run["gates"]))
     columns = ["run", "parameters", "without embeddings", f"valid {runs[0]['metric']}", "loss", "seconds"]
     rows = [
         [run["name"], run["parameters"], run["inner"], run["best"], run["loss"], run["seconds"],
-         *(run["test"].get(name) for name in shown)]
+         *(_with_interval(run["test"].get(name)) for name in shown), *(run["gates"].get(name) for name in gates)]
         for run in runs
     ]  # fmt: skip
-    return tabulate([*columns, *(f"test {name}" for name in shown)], rows, title=f"{len(runs)} runs")
+    return tabulate([*columns, *(f"test {name}" for name in shown), *gates], rows, title=f"{len(runs)} runs")
+
+
+def _with_interval(value: dict[str, float] | None) -> str | None:
+    return None if value is None else f"{value['mean']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
 
 
 def _law_table(laws: Sequence[dict[str, Any]], across: str) -> Any:

@@ -81,7 +81,9 @@ class RunResult:
         best: Its best value.
         loss: Mean training loss of the last epoch; None where the log has none.
         seconds: Training time.
-        test: Mean of each test metric the recipe shows.
+        test: Mean of each test metric the recipe shows, with the ends of its interval.
+        gates: For an instance-wise tuner: mean entropy of the expert weights over users as a share of the largest
+            possible, and the share of users led by the busiest expert; empty for other runs.
     """
 
     name: str
@@ -93,7 +95,8 @@ class RunResult:
     best: float
     loss: float | None
     seconds: float
-    test: dict[str, float]
+    test: dict[str, dict[str, float]]
+    gates: dict[str, float]
 
     def record(self) -> dict[str, Any]:
         """Plain values."""
@@ -305,8 +308,28 @@ def read_result(run: SweepRun) -> RunResult:
         best=float(done[-1]["best_metric"]),
         loss=last_epoch_loss(stages[-1] / "log.jsonl"),
         seconds=sum(float(record["seconds"]) for record in done),
-        test={name: float(measured[name]["mean"]) for name in run.recipe.evaluate.metrics if name in measured},
+        test={
+            name: {part: float(measured[name][part]) for part in ("mean", "low", "high")}
+            for name in run.recipe.evaluate.metrics
+            if name in measured
+        },
+        gates=gate_figures(run.folder),
     )
+
+
+def gate_figures(folder: Path) -> dict[str, float]:
+    """How decided and how even the expert weights of a run are; see `RunResult.gates`."""
+    from llmrec.reporting.sections import read_gates
+
+    tables = sorted((folder / "evaluations").glob("*/gates.parquet"))
+    if not tables:
+        return {}
+    found = read_gates(tables[0])
+    most = found["uniform_entropy"]
+    return {
+        "gate entropy": found["entropy"] / most if most else 0.0,
+        "busiest expert": max(found["leads"]),
+    }
 
 
 def last_epoch_loss(log: Path) -> float | None:

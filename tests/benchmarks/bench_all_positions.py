@@ -59,9 +59,7 @@ def window_batches(dataset: InteractionDataset) -> list[SequenceBatch]:
     """The batches of one epoch, shuffled once."""
     examples, collate = dataset.windows(LENGTH), SequenceCollator()
     order = np.random.default_rng(0).permutation(len(examples))
-    return [
-        collate([examples[int(i)] for i in order[start : start + BATCH]]) for start in range(0, len(order), BATCH)
-    ]
+    return [collate([examples[int(i)] for i in order[start : start + BATCH]]) for start in range(0, len(order), BATCH)]
 
 
 def epoch(model: SASRecEncoder, batches: list[SequenceBatch], loss: object) -> tuple[float, list[float]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llmrec.analysis.performance_law import term
@@ -64,7 +66,7 @@ stage.mkdir(parents=True)
 lines = [{"loss": loss, "epoch": epoch} for loss, epoch in ((9.0, 0.5), (7.0, 1.0), (3.0, 1.5), (2.0, 2.0))]
 (stage / "log.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
 (out / "recipe.yaml").write_text(open(sys.argv[1]).read())
-(out / "metrics.json").write_text(json.dumps({"models": {"sasrec": {"ndcg@10": {"mean": metric - 0.01}}}}))
+(out / "metrics.json").write_text(json.dumps({"models": {"sasrec": {"ndcg@10": dict(mean=metric, low=0.0, high=1.0)}}}))
 """
 
 
@@ -96,10 +98,9 @@ def test_a_sweep_trains_ordinary_runs_and_a_second_call_trains_nothing(
     run = out / "runs" / "hidden_size-16"
     done = run / "stages" / "1-encoder" / "done.json"
     assert large["best"] == json.loads(done.read_text())["best_metric"]
-    assert (
-        large["test"]["ndcg@10"]
-        == json.loads((run / "metrics.json").read_text())["models"]["sasrec"]["ndcg@10"]["mean"]
-    )
+    measured = json.loads((run / "metrics.json").read_text())["models"]["sasrec"]["ndcg@10"]
+    assert large["test"]["ndcg@10"] == {part: measured[part] for part in ("mean", "low", "high")}
+    assert large["gates"] == {}
     # Both share one prepared data set, and each folder is what `llmrec train` writes.
     assert len(list(out.glob("data/*/dataset/meta.json"))) == 1 and not (run / "dataset").exists()
     assert load_recipe(run / "recipe.yaml") == load_recipe(out / "recipes" / "hidden_size-16.yaml")
@@ -316,3 +317,14 @@ def test_parameters_of_a_language_model_are_read_from_headers(tmp_path: Path) ->
     save_file({"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32)}, tmp_path / "adapter" / "x.safetensors")
     save_file({"c": np.zeros((), np.float32)}, tmp_path / "y.safetensors")
     assert sweep_runs.stored_parameters(tmp_path) == 18
+
+
+def test_gates_of_a_run_are_summed_up(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / "test-full"
+    folder.mkdir(parents=True)
+    weights = {"user": [1, 2, 3], "gate_0": [1.0, 1.0, 0.5], "gate_1": [0.0, 0.0, 0.5]}
+    pq.write_table(pa.table(weights), folder / "gates.parquet")
+    found = sweep_runs.gate_figures(tmp_path)
+    assert found["gate entropy"] == pytest.approx(1 / 3)  # one user of three is undecided
+    assert found["busiest expert"] == 1.0  # ties count for the first
+    assert sweep_runs.gate_figures(tmp_path / "none") == {}

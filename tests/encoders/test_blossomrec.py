@@ -190,19 +190,22 @@ def test_10_memory_is_linear_and_at_most_half_of_dense_attention() -> None:
     assert gather[4096] < 0.5 * dense.bytes
 
 
-def copy_task(distance: int, rows: int, seed: int) -> SequenceBatch:
-    """Noise of items 9..40 with one marked item (1..8) `distance` steps before the last event: from there on, it is
-    every target."""
+def copy_task(distance: int, rows: int, seed: int, everywhere: bool) -> SequenceBatch:
+    """Noise of items 9..40 with one marked item (1..8), the target `distance` steps later, or everywhere until then."""
     generator = torch.Generator().manual_seed(seed)
     item_ids = torch.randint(9, 41, (rows, distance + 12), generator=generator)
     item_ids[:, 11] = torch.randint(1, 9, (rows,), generator=generator)
     targets = torch.zeros_like(item_ids)
-    targets[:, 11:] = item_ids[:, 11:12]
+    targets[:, 11 if everywhere else -1 :] = item_ids[:, 11:12]
     return {"item_ids": item_ids, "lengths": torch.full((rows,), item_ids.shape[1]), "targets": targets}
 
 
 def copied(gates: tuple[float, float], distance: int, selection: str = "straight_through") -> float:
-    """Share of unseen rows whose last state puts the marked item first, after training one layer."""
+    """Share of unseen rows whose last state puts the marked item first, after training one layer.
+
+    With the long pattern every state from the marked item on is supervised: near ones teach what to look for.
+    """
+    everywhere = gates[0] > gates[1]
     options = {"num_items": 40, "hidden_size": 32, "num_layers": 1, "summary_size": 64, "initializer_range": 0.2}
     model = small(**options, selection=selection).train()
     force_gates(model, *gates)
@@ -210,9 +213,9 @@ def copied(gates: tuple[float, float], distance: int, selection: str = "straight
     for step in range(150):
         optimizer.zero_grad()
         info = StepInfo(step, 150, 0.0, torch.Generator())
-        NextItem(mask_history=False).loss(model, copy_task(distance, 16, step), info).total.backward()
+        NextItem(mask_history=False).loss(model, copy_task(distance, 16, step, everywhere), info).total.backward()
         optimizer.step()
-    asked = copy_task(distance, 200, 10**6)
+    asked = copy_task(distance, 200, 10**6, everywhere)
     with torch.no_grad():
         return float((model.eval().score_items(asked).argmax(1) == asked["targets"][:, -1]).float().mean())
 
