@@ -168,8 +168,9 @@ class FuXiAlphaEncoder(TimeAware, SequenceEncoder):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif module is self.stack.position_embedding:
             nn.init.xavier_normal_(self.stack.position_embedding.weight)
-        elif self.config.feed_forward_init == "xavier" and module in self._feed_forward_maps():
-            nn.init.xavier_uniform_(module.weight)
+        elif self.config.feed_forward_init == "xavier" and isinstance(module, nn.Linear):
+            if module in self._feed_forward_maps():
+                nn.init.xavier_uniform_(module.weight)
 
     def _feed_forward_maps(self) -> list[nn.Module]:
         """W0..W3 of every block."""
