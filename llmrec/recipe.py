@@ -358,24 +358,36 @@ class Recipe(_Strict):
                 f"{prefix}gate: the encoder is frozen and read in the loop; expected freeze: true, precompute: false"
             )
 
+    @staticmethod
+    def _check_fields(part: str, uses: frozenset[str], fields: frozenset[str], optional_time: bool = False) -> None:
+        needed = {name.removeprefix("target_") for name in uses} - _IN_EVERY_BATCH
+        if missing := sorted(needed - fields):
+            remedy = "prepare the data with them, or set encoder.time: none" if optional_time else "choose another part"
+            raise RecipeError(
+                f"{part} reads {', '.join(missing)}, and the data set has "
+                f"{', '.join(sorted(fields)) or 'ids and order only'}; {remedy}"
+            )
+
     def check_dataset(self, fields: frozenset[str]) -> None:
         """Check that a prepared data set carries what the parts need.
 
         Raises:
             RecipeError: Naming the part and the missing field.
         """
-        for kind in ("encoder", "head"):
-            part = getattr(self, kind)
-            uses = getattr(discovery.resolve(kind, part.type), "uses", ()) if part is not None else ()
-            missing = set(uses) - fields
-            if missing:
-                raise RecipeError(
-                    f"{kind} {part.type!r} needs {', '.join(sorted(missing))}, and the data set has "
-                    f"{', '.join(sorted(fields)) or 'ids and order only'}; "
-                    f"choose another {kind} or data with these fields"
-                )
+        if self.encoder is not None and not self.encoder.pretrained:
+            kind: Any = discovery.resolve("encoder", self.encoder.type)
+            config = kind.config_class(**self.encoder.options)
+            self._check_fields(
+                f"encoder {self.encoder.type!r}", kind.fields_read(config), fields, hasattr(config, "time")
+            )
+        if self.head is not None:
+            head: Any = discovery.resolve("head", self.head.type)
+            self._check_fields(f"head {self.head.type!r}", head.uses, fields)
         if self.prompt is not None and self.prompt.style != "item_slots" and "titles" not in fields:
             raise RecipeError(f"prompt.style {self.prompt.style!r} needs item titles, and the data set has none")
+
+
+_IN_EVERY_BATCH = frozenset({"item_ids", "lengths", "user_ids", "example_ids", "targets", "seen"})
 
 
 def _importable(module: str) -> bool:

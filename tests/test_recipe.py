@@ -238,8 +238,10 @@ def test_check_dataset(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD), [f"encoder={{type: '{tmp_path}/clock.py:Clock'}}"])
     recipe.resolve()
     recipe.check_dataset(frozenset({"timestamps"}))
-    with pytest.raises(RecipeError, match="needs timestamps, and the data set has titles"):
+    with pytest.raises(RecipeError, match="reads timestamps, and the data set has titles"):
         recipe.check_dataset(frozenset({"titles"}))
+    recipe = load_recipe(write(tmp_path, GOOD), ["encoder={type: caser, use_user: true}"])
+    recipe.check_dataset(frozenset())  # users are in every data set
     text = load_recipe(write(tmp_path, TUNED), ["prompt={style: text, template: next_item/movie}"])
     text.check_dataset(frozenset({"titles"}))
     with pytest.raises(RecipeError, match="needs item titles"):

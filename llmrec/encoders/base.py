@@ -86,8 +86,8 @@ class SequenceEncoder(PreTrainedModel, ABC):
     """Base class; subclasses define `forward` and, for a tied item table, an attribute `item_embedding`.
 
     Class attributes:
-        uses: Batch fields the encoder cannot do without, such as {"timestamps"}; an instance whose options ask for more
-            sets its own (`TimeAware`). `check_fields` compares them with a data set.
+        uses: Batch fields the encoder cannot do without, such as {"timestamps"}; `Recipe.check_dataset` compares them
+            with a data set. Where options decide, the class says so in `fields_read`, and an instance has its own set.
         optional: Batch fields it takes when they are there.
         causal: Whether state t depends on events <= t only.
         supervises: "all" positions can be supervised, or only the "last".
@@ -109,9 +109,15 @@ class SequenceEncoder(PreTrainedModel, ABC):
 
     def __init__(self, config: SequenceEncoderConfig) -> None:
         super().__init__(config)
+        self.uses = self.fields_read(config)
         if config.action_tokens:
             self.action_embedding = nn.Embedding(POSITIVE + 1, config.hidden_size, padding_idx=0)
             self.action_head = nn.Linear(config.hidden_size, 1)
+
+    @classmethod
+    def fields_read(cls, config: SequenceEncoderConfig) -> frozenset[str]:
+        """`uses` of an encoder with these options."""
+        return cls.uses
 
     @classmethod
     def from_context(cls, config: SequenceEncoderConfig, context: DataContext) -> Self:
@@ -289,10 +295,14 @@ class TimeAware:
 
     config: TimeAwareConfig
 
-    def __init__(self, config: TimeAwareConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+    uses: frozenset[str]
+
+    @classmethod
+    def fields_read(cls, config: SequenceEncoderConfig) -> frozenset[str]:
+        """The times the option asks for."""
+        assert isinstance(config, TimeAwareConfig)
         needs = {"target": ("timestamps", "target_timestamps"), "last": ("timestamps",), "none": ()}
-        self.uses = frozenset(needs[config.time])
+        return frozenset(needs[config.time])
 
     def query_times(
         self, lengths: Tensor, timestamps: Tensor | None, target_timestamps: Tensor | None
@@ -364,22 +374,6 @@ def check_history(item_ids: Tensor, max_history: int) -> None:
             found=f"{item_ids.shape[1]} events",
             expected=f"at most max_history = {max_history}",
             remedy="keep the latest events, or train the encoder with a larger max_history",
-        )
-
-
-def check_fields(encoder: SequenceEncoder, context: DataContext, name: str) -> None:
-    """Refuse a data set that lacks a field the encoder reads.
-
-    Raises:
-        DataError: Naming the field.
-    """
-    needed = {field.removeprefix("target_") for field in encoder.uses} & {"timestamps"}
-    if missing := sorted(needed - context.fields):
-        raise DataError(
-            f"encoder {name!r} reads {', '.join(missing)}, which the data set does not have",
-            found=f"only an order of events; fields: {', '.join(sorted(context.fields)) or 'none'}",
-            expected="a time for every event",
-            remedy="prepare the data with a column of times (--columns time=NAME), or set encoder.time: none",
         )
 
 

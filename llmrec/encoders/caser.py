@@ -87,10 +87,14 @@ class CaserEncoder(SequenceEncoder):
                     f"encoder.use_user: found num_users = {config.num_users}, expected a data set with users; "
                     "set encoder.use_user: false"
                 )
-            self.uses = frozenset({"user_ids"})
             self.user_embedding = nn.Embedding(config.num_users + 1, width, padding_idx=0)
         self.output = nn.Linear(2 * width if config.use_user else width, width)
         self.post_init()
+
+    @classmethod
+    def fields_read(cls, config: CaserConfig) -> frozenset[str]:  # type: ignore[override]  # its own config
+        """The user, with a user table."""
+        return frozenset({"user_ids"}) if config.use_user else frozenset()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Xavier for filters and maps (ours); else as the base class."""

@@ -137,8 +137,6 @@ class HSTUEncoder(TimeAware, SequenceEncoder):
 
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__(config)
-        if not config.relative_bias:
-            self.uses = frozenset()
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
         self.stack = RelativeStack(
             (HSTUBlock(config) for _ in range(config.num_layers)),
@@ -148,6 +146,11 @@ class HSTUEncoder(TimeAware, SequenceEncoder):
             time=config.time if config.relative_bias else "none",
         )
         self.post_init()
+
+    @classmethod
+    def fields_read(cls, config: HSTUConfig) -> frozenset[str]:  # type: ignore[override]  # its own config
+        """No times without the tables that read them."""
+        return super().fields_read(config) if config.relative_bias else frozenset()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal projections and tables, Xavier normal positions, Xavier uniform output maps."""

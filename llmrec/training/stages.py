@@ -20,7 +20,6 @@ from llmrec.data.catalogue import item_index
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.labels import event_labels, labelled_windows
 from llmrec.data.sequences import SequenceCollator, prefix_examples
-from llmrec.encoders.base import check_fields
 from llmrec.errors import CheckpointError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.pointwise import rate_results
@@ -209,9 +208,7 @@ def _make_encoder(run: Run) -> None:
         dataset_fingerprint=run.dataset.fingerprint,
         **spec.options,
     )
-    context = run.dataset.context()
-    run.encoder = encoder_class.from_context(config, context).to(run.device)
-    check_fields(run.encoder, context, spec.type)
+    run.encoder = encoder_class.from_context(config, run.dataset.context()).to(run.device)
     if not encoder_class.trainable:
         run.encoder.save_pretrained(run.folder.encoder)
 
