@@ -311,14 +311,19 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> Any:
     columns = ["run", "parameters", "without embeddings", f"valid {runs[0]['metric']}", "loss", "seconds"]
     rows = [
         [run["name"], run["parameters"], run["inner"], run["best"], run["loss"], run["seconds"],
-         *(_with_interval(run["test"].get(name)) for name in shown), *(run["gates"].get(name) for name in gates)]
+         *(_test_value(run, name) for name in shown), *(run["gates"].get(name) for name in gates)]
         for run in runs
     ]  # fmt: skip
     return tabulate([*columns, *(f"test {name}" for name in shown), *gates], rows, title=f"{len(runs)} runs")
 
 
-def _with_interval(value: dict[str, float] | None) -> str | None:
-    return None if value is None else f"{value['mean']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
+def _test_value(run: dict[str, Any], name: str) -> str | None:
+    """Mean of a test metric; with its interval for the metric the runs are compared by."""
+    value = run["test"].get(name)
+    if value is None:
+        return None
+    mean = f"{value['mean']:.4f}"
+    return f"{mean} ({value['low']:.4f}-{value['high']:.4f})" if name == run["metric"] else mean
 
 
 def _law_table(laws: Sequence[dict[str, Any]], across: str) -> Any:
