@@ -70,6 +70,12 @@ lines = [{"loss": loss, "epoch": epoch} for loss, epoch in ((9.0, 0.5), (7.0, 1.
 """
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables keep their words whole, wherever the tests run."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Replaces the training process by one that writes the files of a finished run after `body` ran."""
