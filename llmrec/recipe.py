@@ -1,6 +1,7 @@
 """The recipe: one YAML file that says everything about a run. Unknown keys are errors with file, line and nearest name.
 
-Reading order of a recipe: name, seed, dataset, encoder, llm, tuner, gate, prompt, stages, evaluate, report.
+Reading order of a recipe: name, seed, dataset, item_features, item_tokenizer, encoder, llm, tuner, gate, prompt,
+head, stages, evaluate, report.
 `1e-4` is a float here (plain PyYAML reads text). No inheritance, no interpolation; `--set a.b=c` overrides one value.
 """
 
@@ -73,6 +74,38 @@ class DatasetSpec(_Strict):
     options: dict[str, Any] = {}
     max_history: int = Field(default=50, ge=1)
     label: str | None = None
+
+
+class ItemFeaturesSpec(_Strict):
+    """What an item tokenizer, or a head, knows about the items.
+
+    Args:
+        text: Model of the texts: "minilm", a sentence-transformers id or folder, or "llm:NAME" for the mean of a
+            language model's last states.
+        levels: Level -> item text template; CoFiRec reads category, title and description, others all side by side.
+        collaborative: Encoder whose item vectors are one more level: a counting one (als), or a trained one with
+            `pretrained`.
+        max_tokens: Longest text.
+        revision: Hub revision of the text model.
+        tokens: Also give heads the first n token ids of the level texts, for a text encoder that learns; 0 = no.
+    """
+
+    text: str = "minilm"
+    levels: dict[str, str] = {"text": "{title}"}
+    collaborative: EncoderSpec | None = None
+    max_tokens: int = Field(default=128, ge=1)
+    revision: str | None = None
+    tokens: int = Field(default=0, ge=0)
+
+
+class ItemTokenizerSpec(PartSpec):
+    """The item tokenizer.
+
+    Args:
+        pretrained: Folder of `llmrec tokenize`, or a run, to take fitted codes from; nothing is fitted then.
+    """
+
+    pretrained: str | None = None
 
 
 class LLMSpec(_Strict):
@@ -226,7 +259,8 @@ class Recipe(_Strict):
     seed: int = 42
     dataset: DatasetSpec
     transforms: list[PartSpec] = []
-    item_tokenizer: PartSpec | None = None
+    item_features: ItemFeaturesSpec | None = None
+    item_tokenizer: ItemTokenizerSpec | None = None
     encoder: EncoderSpec | None = None
     llm: LLMSpec | None = None
     tuner: PartSpec | None = None
@@ -302,6 +336,7 @@ class Recipe(_Strict):
             )
         self._check_pointwise(prefix)
         self._refuse_idle_sections(prefix)
+        self._check_codes(prefix)
         if not self.stages and self.encoder is None and self.head is None:
             raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
 
@@ -331,6 +366,45 @@ class Recipe(_Strict):
                 f"experts; expected num_experts: {count} and a rank r it divides"
             )
 
+    def _check_codes(self, prefix: str) -> None:
+        """Item codes have a reader, a source, and the stage that learns them."""
+        speaks = self.prompt is not None and self.prompt.style == "item_codes"
+        needs = speaks
+        if self.head is not None:
+            kind: Any = discovery.resolve("head", self.head.type)
+            needs = needs or kind.needs_tokenizer
+            if self.llm is not None:
+                raise RecipeError(f"{prefix}head and llm exclude each other: one run trains one system")
+            if "head" not in {stage.train for stage in self.stages}:
+                raise RecipeError(f"{prefix}head {self.head.type!r} would stay untrained: add a stage `train: head`")
+        for number, stage in enumerate(self.stages):
+            if stage.train == "head" and (stage.strategy.type != "next_item" or stage.strategy.options):
+                raise RecipeError(
+                    f"{prefix}stages.{number}.strategy: a head has its own objective, whose options stand in `head`; "
+                    "remove the strategy"
+                )
+        if needs and self.item_tokenizer is None:
+            reader = "prompt.style item_codes" if speaks else f"head {self.head.type!r}"  # type: ignore[union-attr]
+            raise RecipeError(f"{prefix}{reader} speaks item codes: add an `item_tokenizer` section, such as rqkmeans")
+        if self.item_tokenizer is not None and not needs:
+            raise RecipeError(f"{prefix}nothing reads the item codes: add a `head`, or prompt.style: item_codes")
+        if self.item_features is not None and self.item_tokenizer is None and self.head is None:
+            raise RecipeError(f"{prefix}nothing reads `item_features`: add an `item_tokenizer`")
+        if self.item_tokenizer is not None and self.item_features is None and self.item_tokenizer.pretrained is None:
+            raise RecipeError(
+                f"{prefix}an item tokenizer codes what is known of items: add `item_features`, "
+                "or item_tokenizer.pretrained: FOLDER"
+            )
+        collaborative = None if self.item_features is None else self.item_features.collaborative
+        if collaborative is not None:
+            discovery.check_options("encoder", collaborative.type, collaborative.options, where=prefix)
+            encoder: Any = discovery.resolve("encoder", collaborative.type)
+            if encoder.trainable and collaborative.pretrained is None:
+                raise RecipeError(
+                    f"{prefix}item_features.collaborative: encoder {collaborative.type!r} has to be trained; expected "
+                    "pretrained: RUN, or a counting encoder such as als"
+                )
+
     def _check_pointwise(self, prefix: str) -> None:
         """Mode pointwise asks an encoder with action tokens about events of both kinds."""
         if self.evaluate.mode != "pointwise":
@@ -348,7 +422,7 @@ class Recipe(_Strict):
 
     def _refuse_idle_sections(self, prefix: str) -> None:
         """Sections this release validates but does not act on yet must not be ignored in silence."""
-        idle = [name for name in ("transforms", "item_tokenizer", "head", "summarizer") if getattr(self, name)]
+        idle = [name for name in ("transforms", "summarizer") if getattr(self, name)]
         if idle:
             raise RecipeError(
                 f"{prefix}this release does not run {', '.join(idle)} from a recipe yet; remove the section"

@@ -455,11 +455,14 @@ def load_system(
     """
     check_dataset(run, recipe, dataset)
     encoder = load_encoder(run.encoder, recipe) if (run.encoder / "config.json").is_file() else None
-    wants_model = system == "model" or (system == "auto" and recipe.llm is not None and recipe.prompt is not None)
+    speaks = recipe.head is not None or (recipe.llm is not None and recipe.prompt is not None)
+    wants_model = system == "model" or (system == "auto" and speaks)
     if not wants_model:
         if encoder is None or recipe.encoder is None:
             raise CheckpointError(f"{run.root}: no trained encoder in {run.encoder.name}/; train the recipe first")
         return encoder, part_name(recipe.encoder.type), encoder
+    if recipe.head is not None:
+        return load_head(run, recipe), system_name(recipe), encoder
     if not (run.model / "recommender.json").is_file():
         raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe to its end first")
     from llmrec.llm.recommender import LLMRecommender
@@ -497,6 +500,27 @@ def load_encoder(folder: Path, recipe: Recipe) -> Any:
         )
     encoder = discovery.resolve("encoder", recipe.encoder.type).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
     return encoder.eval()
+
+
+def load_head(run: RunDir, recipe: Recipe) -> Any:
+    """The generative head of a run, its codes compared with those of the item tokenizer beside it.
+
+    Raises:
+        CheckpointError: It was not trained yet, or the codes are others; both hashes are named.
+    """
+    from llmrec import discovery
+    from llmrec.heads.base import verify_codes
+
+    assert recipe.head is not None
+    if not (run.model / "config.json").is_file() or not (run.model / "model.safetensors").is_file():
+        raise CheckpointError(f"{run.root}: no trained head in {run.model.name}/; train the recipe to its end first")
+    head: Any = discovery.resolve("head", recipe.head.type).from_pretrained(run.model, use_safetensors=True)  # type: ignore[attr-defined]
+    if head.config.item_index_fingerprint is not None and recipe.item_tokenizer is not None:
+        verify_codes(str(run.model), head.config, head.codes, head.config.level_sizes)
+        kind: Any = discovery.resolve("item_tokenizer", recipe.item_tokenizer.type)
+        tokenizer = kind.from_pretrained(run.item_tokenizer)
+        verify_codes(str(run.item_tokenizer), head.config, tokenizer.codes, tokenizer.level_sizes)
+    return head.eval()
 
 
 def part_name(type_name: str) -> str:

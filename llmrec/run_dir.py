@@ -6,6 +6,7 @@ RUN/
   environment.json         versions, processor, threads, command
   dataset/                 the prepared data set (or dataset.json pointing at a shared one)
   encoder/                 trained sequence encoder (save_pretrained)
+  item_tokenizer/          item codes: tokenizer.json, codes.safetensors, fit.json
   model/                   trained LLM recommender or head (save_pretrained)
   stages/1-encoder/        checkpoints/, log.jsonl, done.json
   evaluations/<protocol>/  predictions/<system>.parquet, metrics.json
@@ -40,6 +41,9 @@ PUBLISHED_FILES = (
     "encoder/config.json",
     "encoder/*.safetensors",
     "encoder/*.safetensors.index.json",
+    "item_tokenizer/tokenizer.json",
+    "item_tokenizer/*.safetensors",
+    "item_tokenizer/fit.json",
     "model/config.json",
     "model/recommender.json",
     "model/*.safetensors",
@@ -80,6 +84,11 @@ class RunDir:
     def model(self) -> Path:
         """The trained LLM recommender or head."""
         return self.root / "model"
+
+    @property
+    def item_tokenizer(self) -> Path:
+        """The fitted item tokenizer."""
+        return self.root / "item_tokenizer"
 
     @property
     def metrics(self) -> Path:

@@ -71,9 +71,9 @@ def check_dataset(run: RunDir, recipe: Recipe, dataset: InteractionDataset) -> N
     """
     from llmrec.data.catalogue import ItemCatalogue, check_item_index
 
-    environment, encoder = (
+    environment, encoder, head = (
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for path in (run.environment, run.encoder / "config.json")
+        for path in (run.environment, run.encoder / "config.json", run.model / "config.json")
     )
     stored = dataset.stored["item_index"] if isinstance(dataset, ItemCatalogue) else None
     index = environment.get("item_index", stored)
@@ -87,7 +87,7 @@ def check_dataset(run: RunDir, recipe: Recipe, dataset: InteractionDataset) -> N
         )
     if index is not None:
         check_item_index(str(run.root), index, dataset, titles=reads_titles)
-    expected_ones = {environment.get("dataset_fingerprint"), encoder.get("dataset_fingerprint")} - {None}
+    expected_ones = {part.get("dataset_fingerprint") for part in (environment, encoder, head)} - {None}
     for expected in sorted(expected_ones):
         if expected != dataset.fingerprint:
             raise CheckpointError(

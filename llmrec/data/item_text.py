@@ -215,3 +215,23 @@ def _made_unique(texts: list[str], limit: int | None) -> list[str]:
 def _numbered(text: str, number: int, limit: int | None) -> str:
     suffix = f" ({number})"
     return (text if limit is None else text[: max(1, limit - len(suffix))].rstrip()) + suffix
+
+
+def level_texts(dataset: InteractionDataset, template: str, max_chars: int | None = 1000) -> list[str]:
+    """The text of every item at one level of an item tokenizer; entry 0 and items that lack the fields are empty.
+
+    Args:
+        dataset: Supplies the item columns.
+        template: As `ItemTextSpec.template`.
+        max_chars: Longest text.
+
+    Raises:
+        RecipeError: The template names a column the data set lacks.
+    """
+    spec = ItemTextSpec(template=template, max_chars=max_chars, unique=False)
+    columns, write = _columns(dataset, spec.fields), _writer(template)
+    rows = zip(*columns.values(), strict=True)
+    texts = [
+        plain_text(write(dict(zip(columns, values, strict=True)))) if any(values) else "" for values in rows
+    ]
+    return ["", *(_shorten(text, max_chars) for text in texts)]

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from llmrec.errors import CheckpointError, RecipeError
+from llmrec.item_tokenizers.base import code_fingerprint
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -41,11 +46,19 @@ class GenerativeHeadConfig(PreTrainedConfig):
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What `forward` returns: a scalar loss, its named parts and, where there is one, the user state [B, d]."""
+    """What `forward` returns.
+
+    Args:
+        loss: Scalar, the mean over `count` supervised places.
+        parts: Named scalars for the log.
+        user_repr: The user state [B, d], where there is one.
+        count: Supervised places of the batch; None counts as one.
+    """
 
     loss: Tensor | None = None
     parts: dict[str, Tensor] | None = None
     user_repr: Tensor | None = None
+    count: int | None = None
 
 
 class GenerativeHead(PreTrainedModel, ABC):
@@ -54,6 +67,8 @@ class GenerativeHead(PreTrainedModel, ABC):
     Class attributes:
         uses: Batch fields the head cannot do without.
         needs_tokenizer: Whether `from_context` must be given an item tokenizer.
+        reads_item_features: Whether `from_context` looks at the context's feature levels.
+        supervises: "last": one target after each history; "all": windows with a target after every item.
     """
 
     config_class = GenerativeHeadConfig
@@ -62,6 +77,8 @@ class GenerativeHead(PreTrainedModel, ABC):
 
     uses: ClassVar[frozenset[str]] = frozenset()
     needs_tokenizer: ClassVar[bool] = False
+    reads_item_features: ClassVar[bool] = False
+    supervises: ClassVar[str] = "last"
 
     @classmethod
     @abstractmethod
@@ -85,6 +102,42 @@ class GenerativeHead(PreTrainedModel, ABC):
         generator: torch.Generator | None = None,
     ) -> Ranking:
         """The k best items; `beams` for code decoders, `steps` and `generator` for samplers."""
+
+
+def check_codes(config: GenerativeHeadConfig, tokenizer: ItemTokenizer | None) -> ItemTokenizer:
+    """The tokenizer of a fresh head, whose fingerprint is noted in the config.
+
+    Raises:
+        RecipeError: There is none, or it codes another catalogue.
+    """
+    if tokenizer is None:
+        raise RecipeError(f"head {config.model_type!r} writes item codes; add an `item_tokenizer` section")
+    if len(tokenizer.codes) != config.num_items + 1:
+        raise RecipeError(
+            f"item_tokenizer: found codes of {len(tokenizer.codes) - 1:,} items, the data set has {config.num_items:,}"
+        )
+    config.item_index_fingerprint = tokenizer.fingerprint
+    return tokenizer
+
+
+def verify_codes(place: str, config: GenerativeHeadConfig, codes: Tensor, level_sizes: Sequence[int]) -> None:
+    """Refuse codes other than those a model was trained to write.
+
+    Args:
+        place: Whose codes they are, for the message.
+        config: Of the model.
+        codes: [I+1, M] codes at hand.
+        level_sizes: Their level sizes.
+
+    Raises:
+        CheckpointError: Naming both hashes.
+    """
+    found = code_fingerprint(codes, level_sizes)
+    if found != config.item_index_fingerprint:
+        raise CheckpointError(
+            f"{place}: item codes {found}, the model was trained on the item codes {config.item_index_fingerprint}; "
+            "its codes would mean other items. Use the item tokenizer it was trained with"
+        )
 
 
 def register(config_class: type[GenerativeHeadConfig], head_class: type[GenerativeHead]) -> None:

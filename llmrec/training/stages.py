@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,18 @@ from llmrec.llm.loading import name_processor_to_deepspeed, own_device
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
 from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
 from llmrec.run_dir import RunDir, write_json, write_text
+from llmrec.training.item_codes import (
+    FIT,
+    fit_item_tokenizer,
+    load_item_tokenizer,
+    make_item_features,
+    make_text_tokens,
+)
 from llmrec.training.trainer import StageResult, train_stage
+
+if TYPE_CHECKING:
+    from llmrec.data.schema import ItemFeatures
+    from llmrec.item_tokenizers.base import ItemTokenizer
 
 Say = Callable[[str], None]
 
@@ -47,6 +59,8 @@ class Run:
         force: Go on although checkpoints belong to another recipe or data set.
         encoder: The sequence encoder once it exists.
         model: The LLM recommender or head once it exists.
+        features: Feature levels of the items once they were made.
+        item_tokenizer: The fitted item tokenizer once it exists.
         stages: Results of the stages.
     """
 
@@ -58,6 +72,8 @@ class Run:
     force: bool = False
     encoder: Any = None
     model: Any = None
+    features: ItemFeatures | None = None
+    item_tokenizer: ItemTokenizer | None = None
     stages: list[StageResult] = field(default_factory=list)
 
     @property
@@ -107,6 +123,7 @@ def run_recipe(
     trained_on = {"dataset_fingerprint": dataset.fingerprint, "item_index": item_index(dataset)}
     folder.write_environment({"seed": recipe.seed, **trained_on})
     _make_encoder(run)
+    _make_item_tokenizer(run)
     for number, stage in enumerate(recipe.stages, start=1):
         run.stages.append(_run_stage(run, number, stage))
     if run.model is None and (recipe.llm is not None and recipe.prompt is not None):
@@ -226,6 +243,60 @@ def _pretrained_encoder(run: Run, source: Path) -> Any:
     return encoder
 
 
+def _item_features(run: Run) -> ItemFeatures:
+    """Feature levels of the items, made once."""
+    spec = run.recipe.item_features
+    if run.features is None and spec is not None:
+        run.say(f"item features: {', '.join([*spec.levels, *(['collaborative'] if spec.collaborative else [])])}")
+        run.features = make_item_features(spec, run.dataset, seed=run.seed_of("item_features"), device=run.device)
+    return run.features or {}
+
+
+def _make_item_tokenizer(run: Run) -> None:
+    """The item tokenizer: of an earlier attempt, taken over, or fitted now."""
+    spec, folder = run.recipe.item_tokenizer, run.folder.item_tokenizer
+    if spec is None:
+        return
+    if spec.pretrained is not None:
+        run.item_tokenizer = load_item_tokenizer(spec.type, Path(spec.pretrained), run.dataset)
+        run.item_tokenizer.save_pretrained(folder)
+        source = Path(spec.pretrained)
+        source = source / folder.name if (source / "recipe.yaml").is_file() else source
+        write_text(folder / FIT, (source / FIT).read_text(encoding="utf-8"))
+        run.say(f"item codes from {spec.pretrained} (fingerprint {run.item_tokenizer.fingerprint})")
+        return
+    if (folder / FIT).is_file() and run.resume == "auto":  # written last
+        run.item_tokenizer = load_item_tokenizer(spec.type, folder, run.dataset)
+        return
+    if ranks().is_first:
+        began = time.monotonic()
+        features = _item_features(run)
+        fit_item_tokenizer(
+            spec, features, run.dataset, folder, seed=run.seed_of("item_tokenizer"), say=run.say,
+            seconds_before=time.monotonic() - began,
+        )  # fmt: skip
+    wait_for_all()
+    run.item_tokenizer = load_item_tokenizer(spec.type, folder, run.dataset)
+
+
+def _make_head(run: Run) -> None:
+    """A fresh generative head over the data set and the item codes."""
+    recipe = run.recipe
+    assert recipe.head is not None
+    kind: Any = discovery.resolve("head", recipe.head.type)
+    features = dict(_item_features(run)) if kind.reads_item_features else {}
+    if kind.reads_item_features and recipe.item_features is not None:
+        features |= make_text_tokens(recipe.item_features, run.dataset)
+    torch.manual_seed(run.seed_of("head"))
+    config = kind.config_class(
+        num_items=run.dataset.num_items,
+        max_history=recipe.dataset.max_history,
+        dataset_fingerprint=run.dataset.fingerprint,
+        **recipe.head.options,
+    )
+    run.model = kind.from_context(config, run.dataset.context(features), run.item_tokenizer).to(run.device)
+
+
 def _make_model(run: Run) -> None:
     """Base LLM, adapter and projector, fresh."""
     from llmrec.llm.recommender import LLMRecommender
@@ -259,8 +330,8 @@ def _renderer(run: Run, tokenizer: Any) -> Any:
 
 
 def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
-    if stage.train == "head":
-        raise RecipeError(f"stage {number}: this release trains encoders and tuners; heads come with their tokenizers")
+    if stage.train == "head" and run.model is None:
+        _make_head(run)
     if stage.train == "tuner" and run.model is None:
         _make_model(run)
     part = run.encoder if stage.train == "encoder" else run.model
@@ -275,6 +346,8 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
         "dataset": run.dataset.fingerprint,
         "recipe": hashlib.sha256(_identity_text(run.recipe, number).encode()).hexdigest()[:16],
     }
+    if run.item_tokenizer is not None:
+        identity["item_codes"] = run.item_tokenizer.fingerprint
     result = train_stage(
         part,
         strategy,
@@ -297,8 +370,11 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
 def _identity_text(recipe: Recipe, number: int) -> str:
     """What decides the weights of stage `number`: everything up to it, not evaluation, report or name."""
     record = recipe.model_dump(mode="json", exclude={"evaluate", "report", "name"})
-    if record["dataset"]["label"] is None:  # runs begun before there was such a key go on
+    # Runs begun before there were such keys go on.
+    if record["dataset"]["label"] is None:
         del record["dataset"]["label"]
+    if record["item_features"] is None:
+        del record["item_features"]
     record["stages"] = record["stages"][:number]
     return repr(sorted(record.items()))
 
