@@ -138,7 +138,8 @@ class PromptSpec(_Strict):
     """What the LLM sees.
 
     Args:
-        style: "text" (titles), "hybrid" (titles and projected item vectors), "item_slots" (one vector per item).
+        style: "text" (titles), "hybrid" (titles and projected item vectors), "item_slots" (one vector per item),
+            "item_codes" (added tokens for the codes of an item tokenizer).
         template: File below prompts/, for text and hybrid.
         variants: "all" phrasings in turn, or one number.
         candidates: Candidates listed in the prompt, the target included.
@@ -151,10 +152,14 @@ class PromptSpec(_Strict):
         projector: Shape of the map from item vectors to token slots.
         slot_content: The item-table row; item_slots: the encoder's state or both; hybrid: row and encoder's score.
         residual: item_slots only: add the encoder's own state before scoring.
-        instruction, similarity, item_bias, learn_scale: item_slots only, see `llmrec.llm.recommender`.
+        instruction, similarity, item_bias, learn_scale: item_slots only, see `llmrec.llm.recommender`; item_codes
+            knows instruction.
+        tasks: item_codes only: task -> share of the training examples (`llmrec.data.code_tasks`); empty trains windows
+            of codes instead.
+        beams: item_codes only: width of the beam.
     """
 
-    style: Literal["text", "hybrid", "item_slots"] = "item_slots"
+    style: Literal["text", "hybrid", "item_slots", "item_codes"] = "item_slots"
     template: str | None = None
     variants: Literal["all"] | int = "all"
     candidates: int | None = Field(default=None, ge=2)
@@ -171,6 +176,13 @@ class PromptSpec(_Strict):
     similarity: Literal["dot", "cosine"] | None = None
     item_bias: bool = False
     learn_scale: bool = False
+    tasks: dict[str, float] = {}
+    beams: int = Field(default=20, ge=1)
+
+    @property
+    def reads_titles(self) -> bool:
+        """Whether asking takes titles: the styles in words."""
+        return self.style in ("text", "hybrid")
 
 
 class StageSpec(BaseModel):
@@ -325,7 +337,7 @@ class Recipe(_Strict):
         if needs_encoder and self.encoder is None:
             raise RecipeError(f"{prefix}item vectors and gates come from an encoder: add an `encoder` section")
         self._check_finished_gates(prefix)
-        if self.prompt is not None and self.prompt.style != "item_slots" and self.prompt.template is None:
+        if self.prompt is not None and self.prompt.reads_titles and self.prompt.template is None:
             raise RecipeError(
                 f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie"
             )
@@ -378,11 +390,14 @@ class Recipe(_Strict):
             if "head" not in {stage.train for stage in self.stages}:
                 raise RecipeError(f"{prefix}head {self.head.type!r} would stay untrained: add a stage `train: head`")
         for number, stage in enumerate(self.stages):
-            if stage.train == "head" and (stage.strategy.type != "next_item" or stage.strategy.options):
+            own = stage.train == "head" or (stage.train == "tuner" and speaks)
+            if own and (stage.strategy.type != "next_item" or stage.strategy.options):
                 raise RecipeError(
-                    f"{prefix}stages.{number}.strategy: a head has its own objective, whose options stand in `head`; "
-                    "remove the strategy"
+                    f"{prefix}stages.{number}.strategy: what writes item codes has its own objective, whose options "
+                    f"stand in `{'head' if stage.train == 'head' else 'prompt'}`; remove the strategy"
                 )
+        if self.prompt is not None and self.prompt.tasks and not speaks:
+            raise RecipeError(f"{prefix}prompt.tasks: only style item_codes trains tasks, found {self.prompt.style}")
         if needs and self.item_tokenizer is None:
             reader = "prompt.style item_codes" if speaks else f"head {self.head.type!r}"  # type: ignore[union-attr]
             raise RecipeError(f"{prefix}{reader} speaks item codes: add an `item_tokenizer` section, such as rqkmeans")
@@ -457,8 +472,9 @@ class Recipe(_Strict):
         if self.head is not None:
             head: Any = discovery.resolve("head", self.head.type)
             self._check_fields(f"head {self.head.type!r}", head.uses, fields)
-        if self.prompt is not None and self.prompt.style != "item_slots" and "titles" not in fields:
-            raise RecipeError(f"prompt.style {self.prompt.style!r} needs item titles, and the data set has none")
+        if self.prompt is not None and (self.prompt.reads_titles or self.prompt.tasks) and "titles" not in fields:
+            reader = "prompt.tasks" if self.prompt.tasks else f"prompt.style {self.prompt.style!r}"
+            raise RecipeError(f"{reader} needs item titles, and the data set has none")
 
 
 _IN_EVERY_BATCH = frozenset({"item_ids", "lengths", "user_ids", "example_ids", "targets", "seen"})

@@ -468,12 +468,15 @@ def load_system(
     from llmrec.llm.recommender import LLMRecommender
 
     titles = None
-    if recipe.prompt is not None and recipe.prompt.style != "item_slots":
+    if recipe.prompt is not None and recipe.prompt.reads_titles:
         from llmrec.data.item_text import title_texts
 
         titles = title_texts(dataset)
     base, tokenizer = load_base_model(recipe)
-    loaded = LLMRecommender.from_pretrained(run.model, base, encoder, tokenizer=tokenizer, titles=titles)
+    codes = load_codes(run, recipe) if recipe.prompt is not None and recipe.prompt.style == "item_codes" else None
+    loaded: Any = LLMRecommender.from_pretrained(
+        run.model, base, encoder, tokenizer=tokenizer, titles=titles, item_tokenizer=codes
+    )
     return loaded, system_name(recipe), encoder
 
 
@@ -502,6 +505,15 @@ def load_encoder(folder: Path, recipe: Recipe) -> Any:
     return encoder.eval()
 
 
+def load_codes(run: RunDir, recipe: Recipe) -> Any:
+    """The item tokenizer of a run."""
+    from llmrec import discovery
+
+    assert recipe.item_tokenizer is not None
+    kind: Any = discovery.resolve("item_tokenizer", recipe.item_tokenizer.type)
+    return kind.from_pretrained(run.item_tokenizer)
+
+
 def load_head(run: RunDir, recipe: Recipe) -> Any:
     """The generative head of a run, its codes compared with those of the item tokenizer beside it.
 
@@ -517,8 +529,7 @@ def load_head(run: RunDir, recipe: Recipe) -> Any:
     head: Any = discovery.resolve("head", recipe.head.type).from_pretrained(run.model, use_safetensors=True)  # type: ignore[attr-defined]
     if head.config.item_index_fingerprint is not None and recipe.item_tokenizer is not None:
         verify_codes(str(run.model), head.config, head.codes, head.config.level_sizes)
-        kind: Any = discovery.resolve("item_tokenizer", recipe.item_tokenizer.type)
-        tokenizer = kind.from_pretrained(run.item_tokenizer)
+        tokenizer = load_codes(run, recipe)
         verify_codes(str(run.item_tokenizer), head.config, tokenizer.codes, tokenizer.level_sizes)
     return head.eval()
 

@@ -77,7 +77,7 @@ def check_dataset(run: RunDir, recipe: Recipe, dataset: InteractionDataset) -> N
     )
     stored = dataset.stored["item_index"] if isinstance(dataset, ItemCatalogue) else None
     index = environment.get("item_index", stored)
-    reads_titles = recipe.prompt is not None and recipe.prompt.style != "item_slots"
+    reads_titles = recipe.prompt is not None and recipe.prompt.reads_titles
     if reads_titles and isinstance(dataset, ItemCatalogue) and index["titles"] and "titles" not in dataset.fields:
         raise DataError(
             f"{run.root}: this run reads item titles, and it was published without them",

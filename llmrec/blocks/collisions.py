@@ -1,6 +1,6 @@
 """Items that share a code: finding them by one sort, and giving them codes of their own.
 
-Users: `item_tokenizers.base`, `item_tokenizers.rqvae` (`sinkhorn` while training).
+Users: `item_tokenizers.base`, `item_tokenizers.cofirec`, `item_tokenizers.rqvae` (`sinkhorn` while training).
 
 Policies (`resolve`), all leave the levels before the last as they are:
 

@@ -1,6 +1,6 @@
 """Vector quantisation with a learned codebook and a straight-through gradient.
 
-Users: `item_tokenizers.rqvae`, `item_tokenizers.cofirec`.
+Users: `item_tokenizers.rqvae`, `item_tokenizers.cofirec`, `item_tokenizers.rqkmeans`, `item_tokenizers.fsq`.
 
     s = argmin_j ||z - C[j]||^2;   q = C[s];   through = z + sg(q - z)
 """

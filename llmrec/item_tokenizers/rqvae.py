@@ -268,11 +268,12 @@ class RQVAE(ItemTokenizer):
 
     def _assign(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(codes [n, M] by the nearest code, function rows [k] -> distances to the last codebook [k, W])."""
-        model = ResidualAutoencoder(x.shape[1], self.hidden, self.latent, self.sizes, decoder=False)
-        weights = {name: getattr(self, f"encoder_{name.replace('.', '_')}") for name in model.encoder.state_dict()}
-        model.encoder.load_state_dict(weights)
-        for level, quantizer in enumerate(model.quantizers, start=1):
-            quantizer.initialise(getattr(self, f"codebook_{level}"))
+        with torch.device("meta"):  # draws no random numbers
+            model = ResidualAutoencoder(x.shape[1], self.hidden, self.latent, self.sizes, decoder=False)
+        names = {name: f"encoder_{name.replace('.', '_')}" for name in model.encoder.state_dict()}
+        weights = {f"encoder.{name}": getattr(self, attribute) for name, attribute in names.items()}
+        weights |= {f"codebooks.{level - 1}.codebook": self.codebook(level) for level in range(1, self.levels + 1)}
+        model.load_state_dict(weights, assign=True)
         found = model.quantise(model.latents(x))
         last = found.residuals[-1]
         return found.codes, lambda rows: distances(last[rows], self.codebook(self.levels))

@@ -145,7 +145,7 @@ class CausalCodeSpeaker:
         self.prompt_embeds, self.prompt_mask = prompt_embeds, prompt_mask.bool()
         self.lengths = self.prompt_mask.sum(1)
         self._cache: Any = None
-        self._tree: Tensor = self.prompt_mask[:, None, :0]  # [B, M, T]: code tokens a beam of the last level descends from
+        self._tree: Tensor = self.prompt_mask[:, None, :0]  # [B, M, T]: code tokens that each beam descends from
 
     @torch.no_grad()
     def first(self) -> Tensor:
@@ -175,9 +175,7 @@ class CausalCodeSpeaker:
 def additive(visible: Tensor, cache: Any) -> Tensor:
     """0 where a token may look, else the least number of the type that the cache computes in (sdpa wants that type)."""
     dtype = cache.layers[0].keys.dtype
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def runner(backbone: Backbone, gates: GateArguments | None = None) -> Run:
@@ -195,7 +193,7 @@ def runner(backbone: Backbone, gates: GateArguments | None = None) -> Run:
     windows = [getattr(layer, "sliding_window", None) for layer in layers]
     known = ("DynamicLayer", "DynamicSlidingWindowLayer")
     if strange := {type(layer).__name__ for layer in layers} - set(known):
-        raise RecipeError(f"llm: found layers with {', '.join(sorted(strange))}; item codes need plain attention layers")
+        raise RecipeError(f"llm: found {', '.join(sorted(strange))} as cache; item codes need plain attention layers")
     window = min((size for size in windows if size), default=None)
 
     def run(

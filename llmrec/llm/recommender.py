@@ -1,8 +1,9 @@
 """`LLMRecommender`: a language model, an item projector and a frozen sequence encoder as one recommender.
 
-Three styles share this base. `item_slots` (E4SRec's shape, `llmrec.llm.item_slots`) reads one projected vector per
+Four styles share this base. `item_slots` (E4SRec's shape, `llmrec.llm.item_slots`) reads one projected vector per
 history item and scores the item table at every position. `text` and `hybrid` (LLaRA's shape, `llmrec.llm.prompted`)
-write or score the title of the next item; hybrid prompts carry a projected vector behind each title.
+write or score the title of the next item; hybrid prompts carry a projected vector behind each title. `item_codes`
+(LC-Rec's shape, `llmrec.llm.item_codes`) reads and writes items as short codes of added tokens.
 
 The encoder provides item vectors, gates for instance-wise tuners and, if asked for, states. It is frozen: it stays in
 evaluation mode whatever `train()` says (dropout in it would be noise in the gates), and no gradient reaches it or the
@@ -28,7 +29,7 @@ from llmrec.llm.projector import ItemProjector, ProjectorKind, mean_token_norm
 if TYPE_CHECKING:
     from llmrec.data.schema import SequenceBatch
 
-Style = Literal["item_slots", "text", "hybrid"]
+Style = Literal["item_slots", "text", "hybrid", "item_codes"]
 SlotContent = Literal["item", "state", "both", "score"]
 
 
@@ -37,13 +38,13 @@ class RecommenderOptions:
     """How items enter and leave the language model.
 
     Args:
-        style: "item_slots", "text" or "hybrid".
+        style: "item_slots", "text", "hybrid" or "item_codes".
         max_history: The latest events shown.
         projector: "mlp" or "linear".
         slot_content: What an item's slot holds: the item-table row ("item"); in item_slots also the encoder's causal
             state at that position ("state") or both side by side ("both"); in hybrid also the row beside the score the
             encoder gives the item for this history ("score").
-        instruction: Text in front of the slots; empty for none. Only item_slots.
+        instruction: Text in front of slots or codes; empty for none. Only item_slots and windows of item_codes.
         residual: Add the encoder's state to the output, whose layer then starts at zero: training starts exactly at
             the encoder's ranking and learns what the language model adds. Our design. Only item_slots.
         similarity: "dot" or "cosine" between output and item table; None follows the encoder with `residual`, else
@@ -54,6 +55,10 @@ class RecommenderOptions:
         curriculum: Training starts with text-only prompts, hybrid ones become likelier (LLaRA). Only hybrid.
         length_normalise: Divide the log-likelihood of a title by its number of tokens. Only text and hybrid.
         max_new_tokens: Longest generated answer. Only text and hybrid.
+        item_codes: Fingerprint of the item tokenizer. Only item_codes.
+        level_sizes: Its codes per level. Only item_codes.
+        tasks: Names of the tasks it trains on; empty for windows of codes. Only item_codes.
+        beams: Width of the beam. Only item_codes.
     """
 
     style: Style = "item_slots"
@@ -69,6 +74,10 @@ class RecommenderOptions:
     curriculum: bool = False
     length_normalise: bool = False
     max_new_tokens: int = 64
+    item_codes: str | None = None
+    level_sizes: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    beams: int = 20
 
     def __post_init__(self) -> None:
         for name, kind in (("style", Style), ("slot_content", SlotContent)):
@@ -76,9 +85,14 @@ class RecommenderOptions:
                 raise RecipeError(f"prompt.{name}: found {getattr(self, name)!r}, expected {', '.join(get_args(kind))}")
         if self.max_history < 1:
             raise RecipeError(f"max_history: found {self.max_history}, expected 1 or more")
-        dense = ("instruction", "residual", "similarity", "item_bias", "learn_scale")
+        for name in ("level_sizes", "tasks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+        dense = ("residual", "similarity", "item_bias", "learn_scale")
         worded = ("length_normalise", "max_new_tokens")
-        self._refuse(dense if self.style != "item_slots" else worded)
+        coded = ("item_codes", "level_sizes", "tasks", "beams")
+        allowed = {"item_slots": ("instruction", *dense), "item_codes": ("instruction", *coded)}
+        own = allowed.get(self.style, worded)
+        self._refuse([name for name in ("instruction", *dense, *worded, *coded) if name not in own])
         contents = {"item_slots": ("item", "state", "both"), "hybrid": ("item", "score")}.get(self.style, ("item",))
         if self.slot_content not in contents:
             raise RecipeError(
@@ -134,6 +148,8 @@ class LLMRecommender(nn.Module, ABC):
         item_table: Tensor | None = None,
         tokenizer: Any = None,
         renderer: Any = None,
+        item_tokenizer: Any = None,
+        titles: Sequence[str] | None = None,
         **options: Any,
     ) -> LLMRecommender:
         """The recommender of a style.
@@ -143,7 +159,10 @@ class LLMRecommender(nn.Module, ABC):
             encoder: Frozen `SequenceEncoder`; needed for gates, states and, without `item_table`, item vectors.
             item_table: [I+1, d_item] instead of the encoder's `item_vectors()`.
             tokenizer: Needed for instruction, text and hybrid.
-            renderer: Writes prompts (`PromptEncoder`); text and hybrid need it to recommend, not to train.
+            renderer: Writes prompts (`PromptEncoder`); text and hybrid need it to recommend, not to train. For tasks of
+                item_codes: `CodeTasks`.
+            item_tokenizer: Codes of the items; item_codes only.
+            titles: Text of every item, for the first values of added tokens; item_codes only.
             **options: Fields of `RecommenderOptions`.
 
         Raises:
@@ -154,7 +173,17 @@ class LLMRecommender(nn.Module, ABC):
             raise RecipeError(f"prompt: unknown option {', '.join(unknown)}")
         if "user" in getattr(getattr(renderer, "options", None), "slot_kinds", ()):
             options["user_slot"] = True
+        if item_tokenizer is not None:
+            options = {
+                "item_codes": item_tokenizer.fingerprint, "level_sizes": tuple(item_tokenizer.level_sizes), **options
+            }  # fmt: skip
         chosen = RecommenderOptions(**options)
+        if chosen.style == "item_codes":
+            from llmrec.llm.item_codes import ItemCodeRecommender
+
+            if item_tokenizer is None:
+                raise RecipeError("prompt.style item_codes: found no item tokenizer; expected the one it speaks")
+            return ItemCodeRecommender(model, chosen, item_tokenizer, encoder, tokenizer, titles, renderer)
         if item_table is None and encoder is None and chosen.style == "text" and renderer is not None:
             item_table = torch.zeros(len(renderer.titles), 0)  # prompts of titles alone hold no item vectors
         if item_table is None:
@@ -254,6 +283,7 @@ class LLMRecommender(nn.Module, ABC):
         tokenizer: Any = None,
         renderer: Any = None,
         titles: Sequence[str] | None = None,
+        item_tokenizer: Any = None,
         is_trainable: bool = False,
     ) -> LLMRecommender:
         """Load what `save_pretrained` wrote.
@@ -266,6 +296,7 @@ class LLMRecommender(nn.Module, ABC):
             tokenizer: Instead of the saved one.
             renderer: Writes prompts; text and hybrid can recommend with it only.
             titles: Text of every item, index = item id: makes the renderer the recommender was saved with.
+            item_tokenizer: The item tokenizer it was trained with; item_codes only.
             is_trainable: Keep adapter and projector trainable.
 
         Raises:
@@ -275,7 +306,7 @@ class LLMRecommender(nn.Module, ABC):
 
         return load_recommender(
             Path(folder), base_model, encoder, item_table=item_table, tokenizer=tokenizer, renderer=renderer,
-            titles=titles, is_trainable=is_trainable,
+            titles=titles, item_tokenizer=item_tokenizer, is_trainable=is_trainable,
         )  # fmt: skip
 
     def restore(self, folder: str | Path) -> None:

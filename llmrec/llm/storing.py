@@ -80,6 +80,7 @@ def load_recommender(
     tokenizer: Any,
     renderer: Any,
     titles: Sequence[str] | None,
+    item_tokenizer: Any,
     is_trainable: bool,
 ) -> LLMRecommender:
     """Put a saved recommender together; see `LLMRecommender.from_pretrained`."""
@@ -87,6 +88,7 @@ def load_recommender(
 
     record = read_record(folder)
     _check_encoder(folder, record, encoder)
+    _check_codes(folder, record, item_tokenizer)
     expected = BaseIdentity(**record["base"])
     if base_model is None:
         base_model, loaded = load_language_model(
@@ -104,9 +106,12 @@ def load_recommender(
 
         renderer = PromptRenderer(titles, PromptOptions(**record["prompt"]), tokenizer)
     model = load_tuner(base_model, folder / ADAPTER, is_trainable) if record["adapter"] else base_model
+    if item_tokenizer is not None and record["options"].get("tasks"):
+        renderer = _task_writer(record, item_tokenizer, base_model, tokenizer)
     recommender = LLMRecommender.build(
-        model, encoder=encoder, item_table=item_table, tokenizer=tokenizer, renderer=renderer, **record["options"]
-    )
+        model, encoder=encoder, item_table=item_table, tokenizer=tokenizer, renderer=renderer,
+        item_tokenizer=item_tokenizer, **record["options"],
+    )  # fmt: skip
     _check_items(folder, record, recommender.item_table)
     _load_projector(recommender, folder)
     if not is_trainable:
@@ -115,7 +120,8 @@ def load_recommender(
 
 
 def _prompt_options(recommender: LLMRecommender) -> dict[str, Any] | None:
-    options = getattr(getattr(recommender, "renderer", None), "options", None)
+    writer = getattr(recommender, "renderer", None) or getattr(recommender, "tasks", None)
+    options = getattr(writer, "options", None)
     return asdict(options) if is_dataclass(options) and not isinstance(options, type) else None
 
 
@@ -127,8 +133,10 @@ def restore_recommender(recommender: LLMRecommender, folder: Path) -> None:
     """
     record = read_record(folder)
     found = json.loads(json.dumps(asdict(recommender.options)))
-    if found != record["options"]:
-        different = sorted(key for key in found if found[key] != record["options"].get(key))
+    defaults = json.loads(json.dumps({f.name: f.default for f in fields(recommender.options)}))
+    stored = {**defaults, **record["options"]}  # folders of before know fewer options
+    if found != stored:
+        different = sorted(key for key in found if found[key] != stored.get(key))
         raise CheckpointError(f"{folder}: saved with other options: {', '.join(different)} differ")
     _check_encoder(folder, record, recommender.encoder)
     _check_base(folder, record, recommender.model)
@@ -192,6 +200,26 @@ def _check_encoder(folder: Path, record: dict[str, Any], encoder: nn.Module | No
             f"{folder} was trained with the encoder {expected or 'none'}, found the encoder {found or 'none'}; "
             "load the encoder saved beside it"
         )
+
+
+def _check_codes(folder: Path, record: dict[str, Any], item_tokenizer: Any) -> None:
+    expected = record["options"].get("item_codes")
+    found = None if item_tokenizer is None else item_tokenizer.fingerprint
+    if expected != found:
+        raise CheckpointError(
+            f"{folder} was trained on the item codes {expected or 'none'}, found the item codes {found or 'none'}; "
+            "load the item tokenizer saved beside it"
+        )
+
+
+def _task_writer(record: dict[str, Any], item_tokenizer: Any, base_model: Any, tokenizer: Any) -> Any:
+    """What writes the prompts of a recommender trained on tasks; asking needs codes, no titles."""
+    from llmrec.data.code_tasks import CodeAsker, CodeTaskOptions
+
+    options = CodeTaskOptions(**record["prompt"])
+    return CodeAsker(
+        item_tokenizer.codes.numpy(), item_tokenizer.level_sizes, _token_embeddings(base_model), tokenizer, options
+    )
 
 
 def _check_items(folder: Path, record: dict[str, Any], table: Tensor) -> None:

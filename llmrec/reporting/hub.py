@@ -277,7 +277,7 @@ def _shortened(name: str, content: bytes, notices: list[str]) -> bytes:
 
 def _notices(recipe: Recipe, catalogue: ItemCatalogue) -> list[str]:
     found = []
-    if recipe.prompt is not None and recipe.prompt.style != "item_slots" and "titles" not in catalogue.fields:
+    if recipe.prompt is not None and recipe.prompt.reads_titles and "titles" not in catalogue.fields:
         found.append("this run reads item titles, which are not published: loading needs the data set (see --titles)")
     if recipe.llm is not None and recipe.llm.model not in NAMES and hub_name(recipe.llm.model) is None:
         found.append("the base model is a folder of this machine: loading needs base_model=... with the same weights")

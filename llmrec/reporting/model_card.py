@@ -54,7 +54,7 @@ def render_card(folder: Path, repo: str, catalogue: ItemCatalogue, files: Sequen
         what=_what(recipe, base),
         example=catalogue.item_keys[1:3],
         titles="titles" in catalogue.fields,
-        reads_titles=recipe.prompt is not None and recipe.prompt.style != "item_slots",
+        reads_titles=recipe.prompt is not None and recipe.prompt.reads_titles,
         evaluations=evaluations,
         seed=recipe.seed,
         stages=_stages(run, recipe),
@@ -163,6 +163,7 @@ def _what(recipe: Recipe, base: Mapping[str, Any]) -> str:
     tuner = "no adapter" if recipe.tuner is None else f"the adapter {part_name(recipe.tuner.type)}"
     style = {
         "item_slots": "one vector per item of the history",
+        "item_codes": "added tokens: the code of each item of the history",
         "text": "the titles of the history",
         "hybrid": "titles, each followed by an item vector",
     }[recipe.prompt.style]

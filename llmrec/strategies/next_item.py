@@ -102,6 +102,9 @@ class NextItem(TrainingStrategy):
             # The first token of a sequence is predicted by nothing.
             count = int((batch["token_labels"][:, 1:] != -100).sum())
             return StepLoss(total=model.answer_loss(batch), count=count)
+        if callable(getattr(model, "window_loss", None)):
+            total, parts, count = model.window_loss(batch)
+            return StepLoss(total=total, parts=parts, count=count)
         if "targets" not in batch:
             raise DataError(
                 "nothing to learn from", found=f"fields {sorted(batch)}", expected="targets or token_labels"

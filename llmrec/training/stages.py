@@ -19,6 +19,7 @@ import torch
 from llmrec import discovery
 from llmrec.data.catalogue import item_index
 from llmrec.data.dataset import InteractionDataset
+from llmrec.data.item_text import title_texts
 from llmrec.data.labels import event_labels, labelled_windows
 from llmrec.data.sequences import SequenceCollator, prefix_examples
 from llmrec.errors import CheckpointError, RecipeError
@@ -304,29 +305,62 @@ def _make_model(run: Run) -> None:
     recipe, prompt = run.recipe, run.recipe.prompt
     assert prompt is not None
     model, tokenizer = load_base_model(recipe)
+    rows = int(model.get_input_embeddings().weight.shape[0])
     torch.manual_seed(run.seed_of("tuner"))
     if recipe.tuner is not None:
         tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
         gate_dim = None if run.encoder is None else int(run.encoder.gate_dim)
         model = tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=gate_dim))
     options: dict[str, Any] = {"style": prompt.style, "max_history": recipe.dataset.max_history}
-    if prompt.style == "item_slots":
+    if prompt.style == "item_codes":
+        options |= {"instruction": prompt.instruction, "tasks": tuple(sorted(prompt.tasks)), "beams": prompt.beams}
+    elif prompt.style == "item_slots":
         names = ("projector", "slot_content", "residual", "instruction", "similarity", "item_bias", "learn_scale")
         options |= {name: getattr(prompt, name) for name in names}
     else:
         options |= {name: getattr(prompt, name) for name in ("projector", "curriculum")}
         options |= {"slot_content": prompt.slot_content} if prompt.style == "hybrid" else {}
     run.model = LLMRecommender.build(
-        model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer), **options
+        model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer, rows), **_codes(run), **options
     ).to(run.device)
 
 
-def _renderer(run: Run, tokenizer: Any) -> Any:
-    if run.recipe.prompt is None or run.recipe.prompt.style == "item_slots":
+def _renderer(run: Run, tokenizer: Any, rows: int) -> Any:
+    prompt = run.recipe.prompt
+    if prompt is not None and prompt.tasks:
+        return _code_tasks(run, tokenizer, rows)
+    if prompt is None or not prompt.reads_titles:
         return None
     from llmrec.llm.rendering import PromptRenderer
 
     return PromptRenderer.from_recipe(run.recipe, run.dataset, tokenizer)
+
+
+def _codes(run: Run) -> dict[str, Any]:
+    """What the style item_codes is built with besides the others."""
+    if run.item_tokenizer is None:
+        return {}
+    titles = title_texts(run.dataset) if "titles" in run.dataset.fields else None
+    return {"item_tokenizer": run.item_tokenizer, "titles": titles}
+
+
+def _code_tasks(run: Run, tokenizer: Any, rows: int) -> Any:
+    """Prompts and answers over words and codes; `rows` are the base model's token embeddings."""
+    from llmrec.data.code_tasks import CodeTaskOptions, CodeTasks
+
+    prompt, codes = run.recipe.prompt, run.item_tokenizer
+    assert prompt is not None and codes is not None
+    options = CodeTaskOptions(
+        tasks=dict(prompt.tasks),
+        max_history=run.recipe.dataset.max_history,
+        max_title_tokens=prompt.max_title_tokens,
+        max_length=prompt.max_length,
+        variants=prompt.variants,
+        chat_template=prompt.chat_template,
+    )
+    return CodeTasks(
+        run.dataset, codes.codes.numpy(), codes.level_sizes, rows, tokenizer, options, seed=run.seed_of("prompts")
+    )
 
 
 def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
@@ -335,7 +369,8 @@ def _run_stage(run: Run, number: int, stage: StageSpec) -> StageResult:
     if stage.train == "tuner" and run.model is None:
         _make_model(run)
     part = run.encoder if stage.train == "encoder" else run.model
-    prompted = stage.train == "tuner" and run.recipe.prompt is not None and run.recipe.prompt.style != "item_slots"
+    prompt = run.recipe.prompt
+    prompted = stage.train == "tuner" and prompt is not None and (prompt.reads_titles or bool(prompt.tasks))
     strategy = discovery.build("strategy", stage.strategy.type, stage.strategy.options)
     labelled = "labels" in strategy.uses
     examples, collator = _prompted_data(run, stage) if prompted else _dense_data(run, part, labelled)
@@ -375,6 +410,8 @@ def _identity_text(recipe: Recipe, number: int) -> str:
         del record["dataset"]["label"]
     if record["item_features"] is None:
         del record["item_features"]
+    if record["prompt"] is not None and record["prompt"]["style"] != "item_codes":
+        del record["prompt"]["tasks"], record["prompt"]["beams"]
     record["stages"] = record["stages"][:number]
     return repr(sorted(record.items()))
 
@@ -391,6 +428,10 @@ def _dense_data(run: Run, part: Any, labelled: bool) -> tuple[Any, Any]:
 
 
 def _prompted_data(run: Run, stage: StageSpec) -> tuple[Any, Any]:
+    if run.recipe.prompt is not None and run.recipe.prompt.tasks:
+        from llmrec.data.code_tasks import CodeTaskCollator
+
+        return run.model.tasks, CodeTaskCollator(run.model.tokenizer)
     return run.model.renderer.training_data(run.dataset, stage, seed=run.seed_of("prompts"))
 
 

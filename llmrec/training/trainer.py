@@ -111,7 +111,7 @@ def train_stage(
     if not len(examples):
         raise DataError("nothing to train on", found="0 examples", expected="at least one history with a next item")
     folder = Path(output_dir) / "checkpoints"
-    text = _style(model) == "text"
+    text = _style(model) == "text" or bool(getattr(getattr(model, "options", None), "tasks", ()))
     args = _arguments(stage, folder, seed, evaluates=evaluate is not None, text=text)
     with ExitStack() as held, StopOnSignal() as signal:
         held.callback(unset_hf_deepspeed_config)  # or ZeRO would divide a model that is loaded after this stage

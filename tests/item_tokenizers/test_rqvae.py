@@ -71,10 +71,6 @@ class TestWithEveryOption(ItemTokenizerContract):
         "residual_grad": "first_level", "reduction": "mean", "collisions": "append",
     }  # fmt: skip
 
-    def features(self, num_items: int, missing: float = 0.0) -> ItemFeatures:
-        # A level that numbers items has no room for more than the fit found; new items far apart need none.
-        return item_features(num_items, missing=missing)
-
 
 class TestWithSharedCodes(ItemTokenizerContract):
     tokenizer_class = RQVAE
@@ -221,7 +217,7 @@ def test_alignment_moves_the_encoder_and_no_codebook() -> None:
     assert torch.allclose(value, (scores.logsumexp(1) - scores.diagonal()).mean())
     value.backward()
     assert gradients(model.codebooks) == 0.0 and gradients(model.encoder) > 0
-    assert float(alignment_loss(through[:1], target[:1])) == 0.0
+    assert alignment_loss(through[:1], target[:1]).item() == 0.0
 
 
 def test_diversity_ignores_the_own_code_and_moves_codebooks_alone() -> None:
@@ -236,7 +232,7 @@ def test_diversity_ignores_the_own_code_and_moves_codebooks_alone() -> None:
     value = diversity_loss(torch.tensor([0, 2, 3]), codebook, pairs, generator)
     expected = [torch.cat([logits[a, :a], logits[a, a + 1 :]]).logsumexp(0) - logits[a, b] for a, b in ((0, 1), (3, 4))]
     assert torch.allclose(value, torch.stack(expected).mean(), rtol=1e-5), "alone in its cluster: no loss"
-    assert float(diversity_loss(torch.tensor([2, 7]), codebook, pairs, generator)) == 0.0
+    assert diversity_loss(torch.tensor([2, 7]), codebook, pairs, generator).item() == 0.0
 
 
 def test_clusters_of_codes_are_bounded() -> None:
