@@ -200,22 +200,3 @@ def recommend_codes(
     allowed = allowed_items(len(trie.leaf_items), seen, candidates)
     found = beam_search(trie, speaker, beams, normaliser=normaliser, alive=alive_nodes(trie, seen, candidates))
     return ranked_leaves(trie, found, k, allowed=allowed)
-
-
-def recommend_codes(
-    trie: PrefixTrie,
-    speaker: CodeSpeaker,
-    k: int,
-    beams: int | Sequence[int],
-    *,
-    seen: Tensor | None = None,
-    candidates: Tensor | None = None,
-    normaliser: Normaliser = "level",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best items: ids [B, k], log-probabilities [B, k], valid [B, k]; honours `seen` and `candidates`.
-
-    Prefixes without an item the row may get are closed from the start, so seen items take no beams.
-    """
-    allowed = allowed_items(len(trie.leaf_items), seen, candidates)
-    found = beam_search(trie, speaker, beams, normaliser=normaliser, alive=alive_nodes(trie, seen, candidates))
-    return ranked_leaves(trie, found, k, allowed=allowed)

@@ -11,6 +11,7 @@ step costs O(rows x widest node), whatever the size of the catalogue.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class PrefixTrie:
 
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The trie on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return PrefixTrie(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
 
     def children(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmrec.llm.memory import MemoryEstimate, Setting
     from llmrec.recipe import Recipe, StageSpec
 
+CODE_LEVELS, CODES_OF_A_LEVEL = 4, 256
 TITLE_TOKENS, FRAME_TOKENS = 10, 64
 """Assumed where a recipe sets no limit: tokens of a title, and of a prompt around its items."""
 
@@ -141,8 +142,12 @@ def stage_setting(
     prompt, llm = recipe.prompt, recipe.llm
     assert prompt is not None and llm is not None
     text = config.get_text_config()
-    dense = prompt.style == "item_slots"
-    sizes = _dense_sizes(recipe, stage, side) if dense else _worded_sizes(recipe, int(text.vocab_size))
+    windows = prompt.style == "item_codes" and not prompt.tasks
+    dense = prompt.style == "item_slots" or windows
+    if windows:
+        sizes = _window_sizes(recipe)
+    else:
+        sizes = _worded_sizes(recipe, int(text.vocab_size)) if not dense else _dense_sizes(recipe, stage, side)
     batch = int(args.per_device_train_batch_size)
     return Setting(
         batch=batch,
@@ -176,6 +181,12 @@ def _dense_sizes(recipe: Recipe, stage: StageSpec, side: SideParts) -> dict[str,
     return {"length": history + instruction, "places": history, "slots": history, "classes": classes}
 
 
+def _window_sizes(recipe: Recipe) -> dict[str, int]:
+    """Windows of codes: every item is CODE_LEVELS tokens, each scored against the codes of its level."""
+    tokens = (recipe.dataset.max_history + 1) * CODE_LEVELS
+    return {"length": tokens, "places": tokens, "slots": tokens, "classes": CODES_OF_A_LEVEL}
+
+
 def _worded_sizes(recipe: Recipe, vocabulary: int) -> dict[str, int]:
     prompt = recipe.prompt
     assert prompt is not None
@@ -196,6 +207,8 @@ def _trained_beside(recipe: Recipe, side: SideParts, width: int) -> int:
     assert prompt is not None
     if prompt.style == "text":
         return 0
+    if prompt.style == "item_codes":
+        return CODE_LEVELS * CODES_OF_A_LEVEL * width
     inputs = {"item": side.item_dim, "state": side.gate_dim, "both": side.item_dim + side.gate_dim}
     widths = [inputs.get(prompt.slot_content, side.item_dim + 1)]
     if prompt.style == "hybrid" and "user" in prompt.slots:
@@ -223,8 +236,10 @@ def _record(
     recipe: Recipe, setting: Setting, guessed: MemoryEstimate, side: SideParts, profile: Profile | None
 ) -> dict[str, Any]:
     notes = []
-    if recipe.prompt is not None and recipe.prompt.style != "item_slots" and recipe.prompt.max_length is None:
+    if recipe.prompt is not None and recipe.prompt.reads_titles and recipe.prompt.max_length is None:
         notes.append(f"prompt.max_length is not set: {setting.length} tokens are assumed")
+    if recipe.prompt is not None and recipe.prompt.style == "item_codes":
+        notes.append(f"item codes of {CODE_LEVELS} x {CODES_OF_A_LEVEL} are assumed")
     if side.items is None:
         notes.append("the data set is not prepared: item vectors and item scores are not counted")
     if setting.sharding in ("zero3", "fsdp"):

@@ -274,9 +274,11 @@ class RQVAE(ItemTokenizer):
         weights = {f"encoder.{name}": getattr(self, attribute) for name, attribute in names.items()}
         weights |= {f"codebooks.{level - 1}.codebook": self.codebook(level) for level in range(1, self.levels + 1)}
         model.load_state_dict(weights, assign=True)
-        found = model.quantise(model.latents(x))
+        # Equal items once: a product rounds by place in the batch, which must not tell them apart.
+        distinct, twin = torch.unique(x, dim=0, return_inverse=True)
+        found = model.quantise(model.latents(distinct))
         last = found.residuals[-1]
-        return found.codes, lambda rows: distances(last[rows], self.codebook(self.levels))
+        return found.codes[twin], lambda rows: distances(last[twin[rows]], self.codebook(self.levels))
 
     def codebook(self, level: int) -> Tensor:
         """[W, latent] of a level from 1, after fitting."""

@@ -76,7 +76,7 @@ def invalid(found: list[list[tuple[int, ...]]], codes: Tensor) -> float:
 
 
 def run() -> dict[str, float]:
-    """Ratios of processor times and shares; `MINIMUM` and `MAXIMUM` hold what they must reach. Results are compared first."""
+    """Ratios of processor times, and shares; `MINIMUM` and `MAXIMUM` hold the aims. Results are compared first."""
     backbone, (codes, trie, tokens) = model(), catalogue()
     prompts = torch.randint(0, 1_000, (USERS, PROMPT), generator=torch.Generator().manual_seed(0))
     words = torch.stack([tokens[level][codes[1:, level]] for level in range(LEVELS)], 1)

@@ -183,6 +183,14 @@ def test_sinkhorn_assigns_the_last_level_alone() -> None:
     assert torch.equal(model.quantise(model.latents(x[:1]), 0.003).codes, plain.codes[:1]), "one row is not evened out"
 
 
+def test_equal_items_are_equal_before_collisions_are_resolved() -> None:
+    # Here the residuals of level 2 are rounding noise, which differs by place in a batch.
+    tokenizer = RQVAE(**SMALL | {"levels": 2, "epochs": 2, "collisions": "none"})
+    rows = np.random.default_rng(0).normal(size=(5, 6))[[4, 4, 0, 3, 4, 0, 1]]
+    assert tokenizer.fit(only_text(rows), seed=1).collisions == 5
+    assert torch.equal(tokenizer.codes[1], tokenizer.codes[5]) and torch.equal(tokenizer.codes[3], tokenizer.codes[6])
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     copies=st.lists(st.integers(0, 4), min_size=1, max_size=14),
