@@ -33,6 +33,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("prepare", "turn raw interactions into a data set: filter, map, order, split"),
     ("inspect", "count a data set and look for leaks"),
     ("instruct", "write a data set as prompts and answers"),
+    ("tokenize", "give items codes, for models that generate them"),
     ("check", "validate a recipe without loading weights"),
     ("train", "run the stages of a recipe"),
     ("evaluate", "measure a run on a split"),

@@ -4,7 +4,7 @@ Users: `blocks.beam_search`, `item_tokenizers.base`, `heads.tiger`, `heads.cobra
 
 Nodes are numbered level by level, siblings side by side in the order of their codes: node 0 is the root, the children
 of node n are the nodes first_child[n] .. first_child[n + 1] - 1, and `code[n]` leads from its parent to n. A leaf owns
-the items `leaf_items[leaf_start[l]:leaf_start[l + 1]]`, l counted from the first leaf. Memory is O(items x levels) and a
+the items `leaf_items[leaf_start[l]:leaf_start[l + 1]]`, l counted from the first leaf. Memory is O(items x levels), a
 step costs O(rows x widest node), whatever the size of the catalogue.
 """
 
@@ -97,8 +97,9 @@ class PrefixTrie:
 
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The trie on a device."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PrefixTrie(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in parts.items()}
+        return PrefixTrie(**moved)
 
     def children(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """What may follow: nodes [...] of a level -> (child nodes, their codes, which are real), each [..., width].

@@ -94,7 +94,7 @@ def token_level(
     values = np.zeros((len(texts), longest), dtype=np.int64)
     for item, ids in enumerate(tokenise(texts[1:]), start=1):
         values[item, : min(longest, len(ids))] = ids[:longest]
-    return values, values.any(axis=1)
+    return values, np.asarray(values.any(axis=1))
 
 
 def _key(identity: str, texts: Sequence[str]) -> str:

@@ -126,7 +126,6 @@ class TIGERHead(GenerativeHead):
                 num_heads=config.num_heads,
                 dropout_rate=config.dropout,
                 pad_token_id=0,
-                decoder_start_token_id=1,
             )
         )
         depth = len(config.level_sizes or [1])
@@ -151,6 +150,9 @@ class TIGERHead(GenerativeHead):
         assert isinstance(config, TIGERConfig)
         tokenizer = check_codes(config, tokenizer)
         config.level_sizes = list(tokenizer.level_sizes)
+        if isinstance(config.beams, list) and len(config.beams) != len(config.level_sizes):
+            levels = len(config.level_sizes)
+            raise RecipeError(f"head.beams: found {config.beams}, expected one width, or one for each of {levels} levels")
         head = cls(config)
         head.codes.copy_(tokenizer.codes)
         head.popularity.copy_(torch.from_numpy(context.train_counts))
@@ -168,7 +170,7 @@ class TIGERHead(GenerativeHead):
 
     def _tokens(self, codes: Tensor) -> Tensor:
         """Codes [..., m <= H] from the first level -> embedding rows; -1 gives padding."""
-        offsets = torch.tensor(self.config.offsets[: codes.shape[-1]], device=codes.device)
+        offsets = torch.tensor(self.config.offsets[: codes.shape[-1]], dtype=torch.long, device=codes.device)
         return (codes + offsets).masked_fill(codes < 0, 0)
 
     def read(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
@@ -297,6 +299,11 @@ def _cropped(item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return moved * padding_mask(kept, moved.shape[1]), kept
 
 
+def _take(cache: Any, rows: Tensor) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
 class _Speaker:
     """`CodeSpeaker` over a T5 decoder: its cache grows by one token a level; each user's states are kept once a beam.
 
@@ -320,11 +327,9 @@ class _Speaker:
         rows, beams = codes.shape
         before = len(self.states) // rows
         index = (torch.arange(rows, device=codes.device)[:, None] * before + parents).flatten()
-        for layer in self.cache.self_attention_cache.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+        _take(self.cache.self_attention_cache, index)
         if beams != before:  # what all beams of a user share is copied when their number changes, never reordered
-            for layer in self.cache.cross_attention_cache.layers:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+            _take(self.cache.cross_attention_cache, index)
             self.states, self.mask = self.states[index], self.mask[index]
         tokens = codes.flatten()[:, None] + self.head.config.offsets[level - 1]
         return self._step(tokens, level).view(rows, beams, -1)

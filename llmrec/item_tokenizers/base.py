@@ -261,7 +261,7 @@ def without_collisions(
     except ValueError as error:
         raise DataError(
             f"the codes of this catalogue cannot be made unique: {error}",
-            remedy="give the last level more codes (item_tokenizer sizes), or choose collisions: append or none",
+            remedy="give the last level more codes, spread items evenly (rqkmeans: balanced), or choose collisions: append or none",
         ) from error
 
 

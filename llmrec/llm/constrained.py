@@ -110,7 +110,7 @@ class Run(Protocol):
     """A causal decoder without its output layer that keeps and extends a cache."""
 
     def __call__(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, level: int
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, level: int, /
     ) -> tuple[Tensor, Any]:
         """(last_hidden_state [B, Q, d], past_key_values).
 

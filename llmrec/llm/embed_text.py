@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,26 @@ def embedder_identity(model: str, revision: str | None = None) -> str:
         return f"{kind}{name}@{snapshot.name}"
     shown = name if not Path(name).is_dir() else Path(name).resolve().name
     return f"{kind}{shown}@sha256:{_fingerprint(folder)}"
+
+
+def text_tokenizer(model: str, revision: str | None = None) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Texts -> token ids of a text model's tokenizer without special tokens, each raised by one: id 0 is padding.
+
+    Args:
+        model, revision: As for `embed_texts`.
+    """
+    from transformers import AutoTokenizer
+
+    _check_revision(model, revision)
+    name = model.removeprefix(LLM_PREFIX)
+    folder = _local_folder(name) or _from_hub(name, revision, _SENTENCE_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def tokenise(texts: Sequence[str]) -> list[list[int]]:
+        found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[token + 1 for token in ids] for ids in found]
+
+    return tokenise
 
 
 # Sentence models -----------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class ItemCodeRecommender(LLMRecommender):
     """
 
     codes: Tensor
+    prefix_ids: Tensor
 
     def __init__(
         self,
@@ -262,11 +263,13 @@ class ItemCodeRecommender(LLMRecommender):
         prompt, mask, gates, after = self._read(batch)
         read, kind = runner(self.backbone, gates), self.backbone.gate_kind
 
-        def run(embeds: Tensor, attention: Tensor, places: Tensor, cache: Any, level: int) -> tuple[Tensor, Any]:
+        def run(
+            inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, level: int
+        ) -> tuple[Tensor, Any]:
+            call = (inputs_embeds, attention_mask, position_ids, past_key_values, level)
             if level == 0 or kind is None or after is None:
-                return read(embeds, attention, places, cache, level)
-            now = {kind: after.expand(-1, embeds.shape[1], -1)}
-            return runner(self.backbone, now)(embeds, attention, places, cache, level)
+                return read(*call)
+            return runner(self.backbone, {kind: after.expand(-1, inputs_embeds.shape[1], -1)})(*call)
 
         return CausalCodeSpeaker(run, prompt, mask, self._embed_level, self._spoken)
 

@@ -38,7 +38,7 @@ class PromptRenderer(PromptEncoder):
             RecipeError: The prompt section is missing or names no template.
         """
         prompt = recipe.prompt
-        if prompt is None or prompt.template is None or not prompt.reads_titles:
+        if prompt is None or prompt.template is None or prompt.style == "item_slots" or prompt.style == "item_codes":
             raise RecipeError("prompt: the styles text and hybrid need a template, such as next_item/movie")
         options = PromptOptions(
             template=prompt.template,

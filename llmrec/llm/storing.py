@@ -214,7 +214,7 @@ def _check_codes(folder: Path, record: dict[str, Any], item_tokenizer: Any) -> N
 
 def _task_writer(record: dict[str, Any], item_tokenizer: Any, base_model: Any, tokenizer: Any) -> Any:
     """What writes the prompts of a recommender trained on tasks; asking needs codes, no titles."""
-    from llmrec.data.code_tasks import CodeAsker, CodeTaskOptions
+    from llmrec.data.code_prompts import CodeAsker, CodeTaskOptions
 
     options = CodeTaskOptions(**record["prompt"])
     return CodeAsker(

@@ -198,12 +198,11 @@ def test_beams_have_a_width_per_level() -> None:
     exact = wide.recommend(batch, k)
     assert torch.equal(exact.item_ids, wide.recommend(batch, k, beams=ITEMS).item_ids)
     found = narrow.recommend(batch, k)
-    for ids, real, row in zip(found.item_ids, found.valid, range(len(HISTORIES)), strict=True):
-        first = narrow.codes[ids[real], 0].unique()
-        assert len(first) == 1, "one beam at the first level keeps one first code"
-        marginal = [everything(narrow, batch)[row][narrow.codes[1:, 0] == code].logsumexp(0) for code in range(SIZES[0])]
-        assert len(marginal) == SIZES[0]
-    with pytest.raises(RecipeError, match=r"head.beams: found \[4, 4\], expected .* 3 levels"):
+    states, mask = narrow.read(batch)
+    greedy = narrow.logits(narrow._teacher_forced(states, mask, narrow.codes[[1] * 5])[:, 0], 0).argmax(1)
+    for ids, real, code in zip(found.item_ids, found.valid, greedy.tolist(), strict=True):
+        assert set(narrow.codes[ids[real], 0].tolist()) == {code}, "one beam at the first level keeps its best code"
+    with pytest.raises(RecipeError, match=r"head.beams: found \[4, 4\], expected .* each of 3 levels"):
         head_of(beams=[4, 4])
 
 
@@ -318,7 +317,7 @@ def test_12_temperature_divides_the_logits_of_the_loss_only() -> None:
         assert list(output.parts) == ["level_1", "level_2", "level_3"] and output.count == len(HISTORIES)
         torch.testing.assert_close(torch.stack(list(output.parts.values())), torch.stack(expected))
         ranking = head.recommend(batch, 6)
-        found[tau] = (float(output.loss), ranking.item_ids, ranking.scores, everything(head, batch))
+        found[tau] = (float(output.loss.detach()), ranking.item_ids, ranking.scores, everything(head, batch))
     for tau in (0.5, 1.6):
         assert abs(found[tau][0] - found[1.0][0]) > 1e-3
         assert all(torch.equal(a, b) for a, b in zip(found[tau][1:], found[1.0][1:], strict=True))
@@ -477,35 +476,35 @@ def grid(levels: int, shuffled: bool = False) -> tuple[ItemTokenizer, Tensor]:
 
 def recall_at_1(head: TIGERHead, following: Tensor) -> float:
     items = torch.arange(1, len(following) + 1)
-    before = torch.randint(1, len(following) + 1, (len(items), 2), generator=torch.Generator().manual_seed(9))
+    before = torch.randint(1, len(following) + 1, (len(items), 1), generator=torch.Generator().manual_seed(9))
     rows = torch.cat([before, items[:, None], following[:, None]], 1)
     found = head.recommend(windows(rows), 1, beams=10).item_ids[:, 0]
     return float((found == following).float().mean())
 
 
-def learned(levels: int, steps: int, shuffled: bool = False, **options: Any) -> tuple[float, list[float]]:
-    """(Recall@1, losses) after learning that the next item is a fixed permutation of the last of three."""
+def learned(levels: int, steps: int, rate: float, shuffled: bool = False, **options: Any) -> tuple[float, list[float]]:
+    """(Recall@1, losses) after learning that the next item is a fixed permutation of the last of two."""
     tokenizer, following = grid(levels, shuffled)
     head = head_of(tokenizer, spread=1.0, **options)
     last = torch.randint(1, len(following) + 1, (4000,), generator=torch.Generator().manual_seed(1))
-    before = torch.randint(1, len(following) + 1, (4000, 2), generator=torch.Generator().manual_seed(2))
+    before = torch.randint(1, len(following) + 1, (4000, 1), generator=torch.Generator().manual_seed(2))
     rows = torch.cat([before, last[:, None], following[last - 1][:, None]], 1)
-    losses = train(head, rows, steps, 3e-3)
+    losses = train(head, rows, steps, rate)
     return recall_at_1(head, following), losses
 
 
 def test_13_a_permutation_of_items_is_learned() -> None:
     """The small form: 64 items on a grid of three levels."""
-    recall, _ = learned(3, 200)
+    recall, _ = learned(3, 130, 1e-2)
     assert recall > 0.95
 
 
 @pytest.mark.slow
 def test_13_a_permutation_of_256_items_is_learned_and_clustered_codes_learn_faster() -> None:
     size = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128}
-    recall, clustered = learned(4, 600, **size)
+    recall, clustered = learned(4, 400, 3e-3, **size)
     assert recall > 0.95
-    _, shuffled = learned(4, 600, shuffled=True, **size)
+    _, shuffled = learned(4, 400, 3e-3, shuffled=True, **size)
     assert sum(shuffled[200:400]) > sum(clustered[200:400])
 
 
