@@ -119,6 +119,8 @@ def _collaborative(text: str | None) -> EncoderSpec | None:
         if encoder is None:
             raise RecipeError(f"--collaborative {text}: this run has no encoder; expected a run with an `encoder`")
         given["collaborative"] = {"type": encoder.type, "pretrained": text}
+    elif "/" in text and ":" not in text:
+        raise RecipeError(f"--collaborative {text}: found no run there (no recipe.yaml); expected als, or a run folder")
     value = given["collaborative"]
     if not isinstance(value.get("type"), str) or not isinstance(value.get("pretrained", ""), str):
         raise RecipeError(f"--collaborative {text}: expected als, a run, or {{type: als, factors: 32}}")

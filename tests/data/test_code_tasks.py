@@ -75,6 +75,12 @@ def codes_in(ids):
     return [token for token in ids.tolist() if token >= BASE]
 
 
+def least_length(tokenizer=BPE, names=tuple(TASKS), **options):
+    """Tokens that the longest prompt of one item needs with its answer."""
+    sizes = map(tasks(tokenizer, **options).asker.sizes, names)
+    return max(int(size.frame.max() + size.shown.max() + size.answer.max()) for size in sizes)
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
@@ -158,14 +164,19 @@ def test_prompt_text_is_what_the_template_says(tokenizer):
     head = len(asker.pieces.head)
 
     def text(task, items, answer=None):
-        ids = asker.encode(task, items, answer).input_ids[head:]
-        parts = [[]]
-        for token in ids.tolist():  # runs of words, and runs of codes as <first code>
-            if (token >= BASE) != bool(parts[-1] and parts[-1][0] >= BASE):
-                parts.append([])
-            parts[-1].append(token)
-        decoded = (f"[{len(part)}]" if part and part[0] >= BASE else tokenizer.decode(part) for part in parts)
-        return "".join(decoded).strip(" ")
+        """Words as they read on from one another, a run of codes as its length."""
+        out, words, run = "", [], 0
+        for token in [*asker.encode(task, items, answer).input_ids[head:].tolist(), None]:
+            if token is not None and token >= BASE:
+                run += 1
+                continue
+            out += f"[{run}]" if run else ""
+            run = 0
+            if token is not None:
+                before = tokenizer.decode(words)
+                words.append(token)
+                out += tokenizer.decode(words)[len(before) :]
+        return out.strip(" ")
 
     first = "Items that one person has chosen, oldest first:"
     assert text("history_to_item", [1, 2, 3]) == (
@@ -221,8 +232,9 @@ def test_long_titles_are_cut_without_half_characters():
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [None, 60])
-def test_a_question_is_the_training_prompt_of_the_first_phrasing(tokenizer, limit):
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_question_is_the_training_prompt_of_the_first_phrasing(tokenizer, limited):
+    limit = least_length(tokenizer, [ASKING]) + 4 if limited else None
     data = tasks(tokenizer, {"history_to_item": 1}, max_history=5, max_length=limit, variants=1)
     shortened = 0
     for index in range(len(data)):
@@ -230,7 +242,7 @@ def test_a_question_is_the_training_prompt_of_the_first_phrasing(tokenizer, limi
         asked = data.encode_history(HISTORIES[index]["seen"])
         assert np.array_equal(asked, row["input_ids"][: row["prompt_length"]])
         shortened += row["dropped_items"] > 0
-    assert bool(shortened) == (limit is not None)
+    assert bool(shortened) == limited
     assert np.array_equal(tasks(tokenizer).encode_history([3, 4]), tasks(tokenizer, variants=1).encode_history([3, 4]))
 
 
@@ -252,7 +264,7 @@ def test_histories_without_codes_are_refused(history):
 
 
 def test_max_length_keeps_the_answer_whole_and_the_latest_items(tokenizer):
-    limit, free = 70, tasks(tokenizer, max_title_tokens=8)
+    limit, free = least_length(tokenizer, max_title_tokens=8) + 4, tasks(tokenizer, max_title_tokens=8)
     data, dropped = tasks(tokenizer, max_title_tokens=8, max_length=limit), 0
     for index in range(len(data)):
         row, whole = data[index], free[index]
@@ -273,9 +285,7 @@ def test_max_length_keeps_the_answer_whole_and_the_latest_items(tokenizer):
 
 
 def test_a_length_without_room_for_one_item_is_refused():
-    needed = max(
-        int(sizes.frame.max() + sizes.shown.max() + sizes.answer.max()) for sizes in map(tasks().asker.sizes, TASKS)
-    )
+    needed = least_length()
     tasks(max_length=needed)
     with pytest.raises(RecipeError, match=f"max_length is {needed - 1}"):
         tasks(max_length=needed - 1)
@@ -292,11 +302,12 @@ def test_lengths_are_those_of_the_rows(tokenizer, chat):
 
 
 def test_lengths_are_an_upper_estimate_of_shortened_prompts():
-    data = tasks(max_title_tokens=8, max_length=70)
+    limit = least_length(max_title_tokens=8) + 4
+    data = tasks(max_title_tokens=8, max_length=limit)
     real = np.array([len(data[index]["input_ids"]) for index in range(len(data))])
     cut = np.array([data[index]["dropped_items"] > 0 for index in range(len(data))])
     assert (data.lengths >= real).all() and cut.any()
-    assert np.array_equal(data.lengths[~cut], real[~cut]) and (data.lengths[cut] == 70).all()
+    assert np.array_equal(data.lengths[~cut], real[~cut]) and (data.lengths[cut] == limit).all()
 
 
 # Mix and draws --------------------------------------------------------------------------------------------------------
