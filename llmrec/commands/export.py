@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         dest="target",
         required=True,
         choices=("merged", "vllm"),
-        help="merged: any run with a language model; vllm: a plain model for a server, style text only",
+        help="merged: any run with a language model; vllm: a plain model for a server, styles text and item_codes",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
@@ -75,7 +75,10 @@ def run(args: Namespace) -> int:
         "target": args.target,
         "quantised": _quantised_note(args, trained),
     }
-    done = export_recommender(recommender, Path(args.out), facts=facts, rows=rows, trained_scores=trained, gate=gate)
+    done = export_recommender(
+        recommender, Path(args.out), facts=facts, rows=rows, trained_scores=trained, gate=gate,
+        item_keys=dataset.item_keys,
+    )  # fmt: skip
     emit({**done.record, "out": args.out}, lambda: tabulate(["", "value"], _summary(done, args.out)), args.as_json)
     return 0
 
@@ -97,10 +100,10 @@ def _refuse(args: Namespace, folder: RunDir, recipe: Recipe, gate: Any) -> None:
         )
     if recipe.llm.quantize is None and args.unquantised:
         raise RecipeError("--unquantised: the base of this run is not quantised; leave it out")
-    if args.target == "vllm" and recipe.prompt.style != "text":
+    if args.target == "vllm" and recipe.prompt.style not in ("text", "item_codes"):
         raise RecipeError(
             f"--for vllm: the run has style {recipe.prompt.style}, whose inputs hold projected item vectors; a server "
-            "of plain language models takes tokens only. Train with prompt.style: text, or use --for merged and run "
+            "of plain language models takes tokens only. Train with prompt.style: text or item_codes, or use --for merged and run "
             "it with llmrec"
         )
     adapter = folder.model / "adapter" / "adapter_config.json"
@@ -140,8 +143,12 @@ def _summary(done: Any, out: str) -> list[tuple[str, Any]]:
         ("folder", out),
         ("parity", f"logits within {parity.max_abs_diff:.2g} of base and adapter ({parity.dtype}, {parity.tolerance:g} "
                    f"allowed), top-{parity.top_k} overlap {parity.top_k_overlap:.1%}"),
-        ("runs on a plain server", "yes" if done.record["style"] == "text" else "no: " + done.record["plain_server"]),
+        ("runs on a plain server",
+         "yes" if done.record["style"] in ("text", "item_codes") else "no: " + done.record["plain_server"]),
     ]  # fmt: skip
+    if codes := done.record.get("item_codes"):
+        rows.insert(2, ("item codes", f"log-probabilities within {codes['parity']['max_abs_diff']:.2g}; tokens from "
+                        f"{codes['first_token_id']} on, {codes['filler_tokens']} filler tokens before them"))
     if done.record["lost"]:
         rows.append(("lost", done.record["lost"]))
     if scores is not None:

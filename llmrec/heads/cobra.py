@@ -15,8 +15,10 @@ Ours, where the paper says nothing or was not followed:
   micro-batch, so an item is never its own negative; `sparse_only_share` trains the codes alone at first;
 - encoder "light" reads token ids with one random layer, [CLS] being row 0 of its table; encoder "embedding" is an MLP
   over a frozen sentence encoder's vectors, trained end to end from there on. Items without text share one vector;
-- `dense_softmax` "global" takes the second softmax over all neighbours of all codes: with "cluster", an item alone in
-  its code always weighs 1. Codes without an item the row may get take no beam;
+- `dense_softmax` "cluster" takes the second softmax over the neighbours of one code, so that Phi is P(ID) P(item | ID)
+  and an item alone in its code always weighs 1; with "global", over all neighbours of all codes, a full code gives
+  every one of its items the code's whole weight (it found half as many targets on Beauty, see README). Codes without
+  an item the row may get take no beam;
 - at least k beams are searched, so that k items are found where the row may get k. Neighbours beyond N come behind the
   fused ones if fewer than k were found;
 - `mode`: "sparse" (the paper's w/o Dense) has no text, "dense" (w/o ID) no codes: other networks, to be trained as
@@ -85,7 +87,7 @@ class COBRAConfig(GenerativeHeadConfig):
         mode: "full", "dense" (no codes), "sparse" (no vectors) or "no_fusion" (ranked by the best code first).
         tau: Sharpness of BeamFusion over codes.
         psi: Sharpness of BeamFusion over the items of a code.
-        dense_softmax: The second softmax is over all neighbours ("global") or those of one code ("cluster").
+        dense_softmax: The second softmax is over the neighbours of one code ("cluster") or of all ("global").
         beams: M, codes to look into; at least as many as items are asked for.
         neighbours: N, items fused per code.
         initializer_range: Standard deviation of fresh embeddings.
@@ -110,7 +112,7 @@ class COBRAConfig(GenerativeHeadConfig):
     mode: Mode = "full"
     tau: float = 0.9
     psi: float = 16.0
-    dense_softmax: Domain = "global"
+    dense_softmax: Domain = "cluster"
     beams: int = 50
     neighbours: int = 50
     initializer_range: float = 0.02

@@ -2,6 +2,7 @@
 
     config.json, generation_config.json, *.safetensors, tokenizer files   a model of transformers, nothing of ours
     recommender/, encoder/   item_slots and hybrid: projector, output layer, options; the encoder they read
+    item_codes.json          item_codes: codes are tokens of model and tokenizer (`llmrec.llm.export_codes`)
     llmrec_export.json       what was merged, the parity check, what was lost and by how much scores moved
     README.md                the same for people
 
@@ -38,6 +39,7 @@ from llmrec.llm.parity import (
 from llmrec.llm.storing import save_recommender
 
 if TYPE_CHECKING:
+    from llmrec.llm.export_codes import CodeExport
     from llmrec.llm.recommender import LLMRecommender
 
 RECORD = "llmrec_export.json"
@@ -72,6 +74,7 @@ def export_recommender(
     rows: Sequence[dict[str, Any]] = (),
     trained_scores: Tensor | None = None,
     gate: Sequence[float] | str | None = None,
+    item_keys: Sequence[str] | None = None,
 ) -> Exported:
     """Merge, save, check, and only then give the folder its name. The recommender is used up.
 
@@ -82,9 +85,10 @@ def export_recommender(
         rows: Real questions (`parity.history_rows`).
         trained_scores: Scores of `rows` by the run as it was trained, where that is not `recommender`.
         gate: Fixed expert weights of an instance-wise adapter: "uniform" or E weights.
+        item_keys: Original ids, index = item id; the style item_codes writes them beside their tokens.
 
     Raises:
-        RecipeError: A gate is missing or given in vain, or the folder is taken.
+        RecipeError: A gate is missing or given in vain, the folder is taken, or codes cannot become tokens.
         CheckFailed: The saved model is not the trained one; nothing is left behind.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -94,29 +98,38 @@ def export_recommender(
     base, dtype = recommender.backbone.base, recommender.backbone.dtype
     expected = prompt_logits(recommender.backbone, tokenizer, fixed)
     scores = history_scores(recommender, list(rows)) if rows else None
+    codes = _code_export(recommender, fixed, item_keys)
     merged = _merged(recommender, fixed)
+    if codes is not None:
+        codes.grow(merged)
     merged.llmrec_base_name = f"{getattr(base, 'llmrec_base_name', base.name_or_path)}, merged"
     with _appearing(out) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        rebuilt = _rebuilt(recommender, merged)
-        if recommender.options.style != "text":
-            save_recommender(rebuilt, folder / OWN_PARTS)
+        if codes is not None:
+            codes.write(folder)
+        elif recommender.options.style != "text":
+            save_recommender(_rebuilt(recommender, merged), folder / OWN_PARTS)
             if recommender.encoder is not None:
                 recommender.encoder.save_pretrained(folder / ENCODER)
-        del merged, rebuilt, base
+        del merged, base
         recommender.backbone.model = None  # one copy of the weights at a time
         read = _read_back(folder, dtype, recommender.item_table.device)
-        parity = compare_logits(expected, prompt_logits(read, tokenizer), dtype)
+        words = [part[:, : expected[0].shape[1]] for part in prompt_logits(read, tokenizer)]
+        parity = compare_logits(expected, words, dtype)
         parity.require(f"the merged model is not the trained one, so {out} was not made")
+        if codes is not None:
+            codes.check(folder, read, out)
         shift = None
         if scores is not None:
-            reloaded = _reloaded(recommender, folder, read)
+            reloaded = _reloaded(recommender, folder, read) if codes is None else codes.merged(read)
             now = history_scores(reloaded, list(rows))
             if fixed is None:
                 _require_scores(scores, now, parity, out)
             shift = compare_scores(scores if trained_scores is None else trained_scores, now, recommender)
         record = _record(recommender, facts, fixed, parity, shift, list(rows))
+        if codes is not None:
+            record |= codes.record(list(rows))
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
     return Exported(parity, shift, record)
@@ -168,6 +181,16 @@ def _fixed_gate(recommender: LLMRecommender, gate: Sequence[float] | str | None)
     from llmrec.tuners.gate_state import fixed_gate
 
     return fixed_gate(gate, int(config.num_experts))
+
+
+def _code_export(
+    recommender: LLMRecommender, fixed: Tensor | None, item_keys: Sequence[str] | None
+) -> CodeExport | None:
+    if recommender.options.style != "item_codes":
+        return None
+    from llmrec.llm.export_codes import CodeExport
+
+    return CodeExport(recommender, fixed, item_keys)  # type: ignore[arg-type]
 
 
 def _tokenizer(recommender: LLMRecommender) -> Any:
@@ -294,6 +317,10 @@ def _readme(record: dict[str, Any]) -> str:
                   f"scored: scores differ by {scores['mean_abs_diff']:.3g} on average, {scores['max_abs_diff']:.3g} at "
                   f"most (standard deviation {scores['spread']:.3g}); {scores['top_1_same']:.1%} keep the best item, "
                   f"{scores['top_k_overlap']:.1%} of the {scores['top_k']} best items agree."]  # fmt: skip
+    if record["style"] == "item_codes":
+        from llmrec.llm.export_codes import readme_lines
+
+        lines += readme_lines(record)
     return "\n".join([*lines, "", f"`{RECORD}` holds all numbers.", ""])
 
 

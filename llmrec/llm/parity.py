@@ -9,7 +9,7 @@ where the adapter does more than rounding.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +118,21 @@ def compare_logits(first: list[Tensor], second: list[Tensor], dtype: torch.dtype
         tolerance=allowed_difference(name, largest),
         min_overlap=OVERLAPS[name],
         positions=len(one),
+    )
+
+
+def compare_levels(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> Parity:
+    """Parity of log-probabilities of item codes, one [n, W] per level: the worst of all levels."""
+    levels = [compare_logits([one], [two], dtype) for one, two in zip(first, second, strict=True)]
+    largest = max(level.largest_logit for level in levels)
+    return replace(
+        levels[0],
+        max_abs_diff=float(torch.tensor([level.max_abs_diff for level in levels]).max()),  # keeps what is no number
+        largest_logit=largest,
+        top_k=max(level.top_k for level in levels),
+        top_k_overlap=min(level.top_k_overlap for level in levels),
+        tolerance=allowed_difference(levels[0].dtype, largest),
+        positions=sum(level.positions for level in levels),
     )
 
 

@@ -143,10 +143,12 @@ def draw_levels(features: np.ndarray, codes: np.ndarray, names: Sequence[str] | 
 
     def paint(figure: Any) -> None:
         for level, axes in enumerate(np.ravel(figure.subplots(1, panels, squeeze=False))):
-            colours = [_colour(int(code)) for code in codes[shown, level]]
+            _, place, counts = np.unique(codes[shown, level], return_inverse=True, return_counts=True)
+            ranks = np.argsort(np.argsort(-counts, kind="stable"))
+            colours = np.array([_colour(rank) for rank in range(len(counts))])[ranks[place]]
             axes.scatter(points[:, 0], points[:, 1], c=colours, s=7, linewidths=0)
             name = f" ({names[level]})" if names else ""
-            axes.set_title(f"level {level + 1}{name}: {len(np.unique(codes[shown, level])):,} codes shown")
+            axes.set_title(f"level {level + 1}{name}: {len(counts):,} codes shown")
             axes.set_xlabel(f"component 1 ({shares[0]:.0%} of the variance)")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -197,9 +199,9 @@ def _spread(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _colour(code: int) -> tuple[float, float, float]:
-    """Hues a golden section apart: any number of codes, and neighbouring numbers never look alike."""
-    return colorsys.hsv_to_rgb(code * _GOLDEN % 1.0, 0.75, (0.85, 0.62)[code % 2])
+def _colour(rank: int) -> tuple[float, float, float]:
+    """Hues a golden section apart, for any number of codes; those of the fullest codes differ most."""
+    return colorsys.hsv_to_rgb((0.6 + rank * _GOLDEN) % 1.0, 0.75, (0.85, 0.62)[rank % 2])
 
 
 def _save(paint: Callable[[Any], None], size: tuple[float, float], path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`llmrec tokenize`: codes of a synthetic data set, files that appear at once, flags that are refused, reuse by recipes."""
+"""`llmrec tokenize`: codes of a synthetic data set, a folder that appears at once, refusals, reuse by recipes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class TestCodes:
         assert (made["text"], made["levels"]) == ("letters", {"title": "{title}"})
 
     def test_others_read_one_text_of_all_columns(self, data: Path, tmp_path: Path, capsys: Any, letters: None) -> None:
-        words = ["--type", "fsq", "--set", "epochs=1", "--set", "shape=[4,4]", "--text", "letters", "--no-plots"]
+        words = ["--type", "fsq", "--set", "epochs=1", "--set", "collisions=append", "--text", "letters", "--no-plots"]
         assert main(["tokenize", str(data), *words, "--out", str(tmp_path / "codes")]) == 0
         shown = capsys.readouterr()
         assert "level text: '{title}[, {categories}][, {brand}][. {description}]' by letters" in shown.err

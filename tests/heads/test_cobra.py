@@ -182,7 +182,7 @@ def test_3_psi_0_ties_inside_a_code_and_leaves_the_order_of_codes() -> None:
 
 
 def test_3_tau_0_ranks_by_cosines_only() -> None:
-    head, batch = head_of(buckets(20), tau=0.0), batch_of([[3, 5, 7]])
+    head, batch = head_of(buckets(20), tau=0.0, dense_softmax="global"), batch_of([[3, 5, 7]])
     _, cosines = written_out(head, [3, 5, 7])
     found = head.recommend(batch, 20)
     assert found.item_ids[0].tolist() == (cosines.argsort(descending=True) + 1).tolist()

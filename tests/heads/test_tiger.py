@@ -62,7 +62,9 @@ def drawn(items: int = ITEMS, sizes: tuple[int, ...] = SIZES, seed: int = 0) -> 
     return tokenizer_of(every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:items]], sizes)
 
 
-def head_of(tokenizer: ItemTokenizer | None = None, counts: Any = None, spread: float = 3.0, **options: Any) -> TIGERHead:
+def head_of(
+    tokenizer: ItemTokenizer | None = None, counts: Any = None, spread: float = 3.0, **options: Any
+) -> TIGERHead:
     """An untrained head in evaluation mode; `spread` parts the scores, which fresh weights leave nearly equal."""
     tokenizer = tokenizer or drawn()
     items = len(tokenizer.codes) - 1
@@ -78,15 +80,19 @@ def head_of(tokenizer: ItemTokenizer | None = None, counts: Any = None, spread: 
     return head
 
 
-def batch_of(rows: list[list[int]] = HISTORIES, targets: list[int] | None = None, users: list[int] | None = None) -> Any:
+def batch_of(
+    rows: list[list[int]] = HISTORIES, targets: list[int] | None = None, users: list[int] | None = None
+) -> Any:
     """Right padded histories with the next item as target, an item one further round the catalogue by default."""
     width = max(map(len, rows))
-    wanted = targets or [row[-1] % ITEMS + 1 for row in rows]
+    ends = [[0] * (len(row) - 1) + [row[-1] % ITEMS + 1] for row in rows]
+    if targets is not None:
+        ends = [[0] * (len(row) - 1) + [target] for row, target in zip(rows, targets, strict=True)]
     return {
         "item_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         "lengths": torch.tensor([len(row) for row in rows]),
         "user_ids": torch.tensor(users or range(1, len(rows) + 1)),
-        "targets": torch.tensor([[0] * (len(r) - 1) + [t] + [0] * (width - len(r)) for r, t in zip(rows, wanted)]),  # noqa: B905
+        "targets": torch.tensor([end + [0] * (width - len(end)) for end in ends]),
     }
 
 
@@ -108,24 +114,25 @@ def loss_of(head: TIGERHead, batch: SequenceBatch) -> Tensor:
 @torch.no_grad()
 def spelled_out(head: TIGERHead, history: list[int], user: int) -> Tensor:
     """[I] log-probabilities of all items by the formulas of the module: one history, no padding, no cache, no trie."""
-    config, table, network = head.config, head.transformer.shared.weight, head.transformer
+    config, table, places = head.config, head.transformer.shared.weight, head.position_embedding
     sizes, starts = config.level_sizes or [], config.offsets
     depth = len(sizes)
 
     def inputs(item: int, place: int, level: int) -> Tensor:
         vector = table[starts[level] + head.codes[item, level]]
-        if head.level_embedding is not None and head.position_embedding is not None:
-            vector = vector + head.level_embedding.weight[level] + head.position_embedding.weight[place]
+        if head.level_embedding is not None and places is not None:
+            vector = vector + head.level_embedding.weight[level] + places.weight[place]
         return vector
 
     read = [inputs(item, place, level) for place, item in enumerate(history) for level in range(depth)]
     if config.user_tokens:
         read.insert(0, table[2 + sum(sizes) + user % config.user_tokens])
+    start = table[1] if places is None else table[1] + places.weight[config.max_history]
     total = []
     for item in range(1, config.num_items + 1):
-        start = table[1] + (0 if head.position_embedding is None else head.position_embedding.weight[config.max_history])
         written = torch.stack([start, *[inputs(item, config.max_history, level) for level in range(depth - 1)]])
-        hidden = network(inputs_embeds=torch.stack(read)[None], decoder_inputs_embeds=written[None]).last_hidden_state[0]
+        states = head.transformer(inputs_embeds=torch.stack(read)[None], decoder_inputs_embeds=written[None])
+        hidden = states.last_hidden_state[0]
         score = torch.zeros(())
         for level in range(depth):
             rows = slice(starts[level], starts[level] + sizes[level])
@@ -462,7 +469,7 @@ def windows(rows: Tensor) -> Any:
 
 
 def grid(levels: int, shuffled: bool = False) -> tuple[ItemTokenizer, Tensor]:
-    """4^levels items on a grid, and the item [I] after each: every level of its place moves by a permutation of its own.
+    """4^levels items on a grid, and the item [I] after each: each level of its place moves by its own permutation.
 
     Codes are the places (clustered), or any permutation of them (shuffled), for which the next item follows no rule.
     """
@@ -526,7 +533,7 @@ def test_cofirec_9_the_category_is_learned() -> None:
     """Users stay in one category: within 500 steps the first code is right in more than 95 of 100 cases."""
     rows, counts = shop()
     head = head_of(labels_of((0, 1, 2)), counts, spread=1.0, **COFIREC)
-    train(head, rows[:2400], 120, 3e-3)
+    train(head, rows[:2400], 100, 1e-2, 32)
     batch = windows(rows[2400:2800])
     found = head.recommend(batch, 1, beams=10).item_ids[:, 0]
     wanted = batch["targets"].max(1).values
