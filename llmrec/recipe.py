@@ -316,6 +316,12 @@ class Recipe(_Strict):
             discovery.check_options("transform", part.type, part.options, where=prefix)
         for stage in self.stages:
             discovery.build("strategy", stage.strategy.type, stage.strategy.options, where=prefix)
+        # Values too, before item features are made: that takes minutes.
+        if self.item_tokenizer is not None:
+            discovery.build("item_tokenizer", self.item_tokenizer.type, self.item_tokenizer.options, where=prefix)
+        if self.head is not None:
+            head: Any = discovery.resolve("head", self.head.type)
+            head.config_class(num_items=1, max_history=self.dataset.max_history, **self.head.options)
         self._check_combination(prefix)
 
     def _check_combination(self, prefix: str) -> None:

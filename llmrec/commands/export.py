@@ -103,8 +103,8 @@ def _refuse(args: Namespace, folder: RunDir, recipe: Recipe, gate: Any) -> None:
     if args.target == "vllm" and recipe.prompt.style not in ("text", "item_codes"):
         raise RecipeError(
             f"--for vllm: the run has style {recipe.prompt.style}, whose inputs hold projected item vectors; a server "
-            "of plain language models takes tokens only. Train with prompt.style: text or item_codes, or use --for merged and run "
-            "it with llmrec"
+            "of plain language models takes tokens only. Train with prompt.style: text or item_codes, or use --for "
+            "merged and run it with llmrec"
         )
     adapter = folder.model / "adapter" / "adapter_config.json"
     config = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
@@ -147,8 +147,9 @@ def _summary(done: Any, out: str) -> list[tuple[str, Any]]:
          "yes" if done.record["style"] in ("text", "item_codes") else "no: " + done.record["plain_server"]),
     ]  # fmt: skip
     if codes := done.record.get("item_codes"):
-        rows.insert(2, ("item codes", f"log-probabilities within {codes['parity']['max_abs_diff']:.2g}; tokens from "
-                        f"{codes['first_token_id']} on, {codes['filler_tokens']} filler tokens before them"))
+        found = f"log-probabilities within {codes['parity']['max_abs_diff']:.2g}; tokens from "
+        found += f"{codes['first_token_id']} on, {codes['filler_tokens']} filler tokens before them"
+        rows.insert(2, ("item codes", found))
     if done.record["lost"]:
         rows.append(("lost", done.record["lost"]))
     if scores is not None:

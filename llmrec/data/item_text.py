@@ -231,7 +231,5 @@ def level_texts(dataset: InteractionDataset, template: str, max_chars: int | Non
     spec = ItemTextSpec(template=template, max_chars=max_chars, unique=False)
     columns, write = _columns(dataset, spec.fields), _writer(template)
     rows = zip(*columns.values(), strict=True)
-    texts = [
-        plain_text(write(dict(zip(columns, values, strict=True)))) if any(values) else "" for values in rows
-    ]
+    texts = [plain_text(write(dict(zip(columns, values, strict=True)))) if any(values) else "" for values in rows]
     return ["", *(_shorten(text, max_chars) for text in texts)]

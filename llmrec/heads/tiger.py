@@ -152,7 +152,7 @@ class TIGERHead(GenerativeHead):
         config.level_sizes = list(tokenizer.level_sizes)
         if isinstance(config.beams, list) and len(config.beams) != len(config.level_sizes):
             levels = len(config.level_sizes)
-            raise RecipeError(f"head.beams: found {config.beams}, expected one width, or one for each of {levels} levels")
+            raise RecipeError(f"head.beams: found {config.beams}, expected one width, or one for each of {levels}")
         head = cls(config)
         head.codes.copy_(tokenizer.codes)
         head.popularity.copy_(torch.from_numpy(context.train_counts))
@@ -213,9 +213,11 @@ class TIGERHead(GenerativeHead):
         hidden = hidden * self.config.hidden_size**-0.5
         if self.config.output == "level":
             return (hidden @ table[start:end].T).float()
-        return (hidden @ table[2 : 2 + sum(self.config.level_sizes or [1])].T).float().log_softmax(-1)[
-            ..., start - 2 : end - 2
-        ]
+        return (
+            (hidden @ table[2 : 2 + sum(self.config.level_sizes or [1])].T)
+            .float()
+            .log_softmax(-1)[..., start - 2 : end - 2]
+        )
 
     def _teacher_forced(self, states: Tensor, mask: Tensor, codes: Tensor) -> Tensor:
         """Decoder states [B, H, d] that predict codes [B, H]."""

@@ -255,13 +255,15 @@ def without_collisions(
         DataError: More items share a prefix than the last level has codes.
     """
     if policy not in get_args(CollisionPolicy):
-        raise RecipeError(f"item_tokenizer.collisions: found {policy!r}, expected {', '.join(get_args(CollisionPolicy))}")
+        known = ", ".join(get_args(CollisionPolicy))
+        raise RecipeError(f"item_tokenizer.collisions: found {policy!r}, expected {known}")
     try:
         return resolve(codes, sizes, policy, costs=costs, seed=seed, kept=kept)
     except ValueError as error:
         raise DataError(
             f"the codes of this catalogue cannot be made unique: {error}",
-            remedy="give the last level more codes, spread items evenly (rqkmeans: balanced), or choose collisions: append or none",
+            remedy="give the last level more codes, spread items evenly (rqkmeans: balanced), or choose collisions: "
+            "append or none",
         ) from error
 
 

@@ -7,9 +7,12 @@ text has (<|unused_N|>), so that both number the codes alike.
 
     codes = ExportedCodes.read(folder)                       original item ids in and out
     ids = torch.tensor([codes.prompt(["12", "7"])])
-    found = model.generate(ids, logits_processor=LogitsProcessorList([codes.processor(ids.shape[1])]),
-                           max_new_tokens=codes.max_new_tokens, do_sample=False)
-    codes.items_of(found[0, ids.shape[1]:])
+    found = model.generate(ids, logits_processor=LogitsProcessorList([codes.processor(ids.shape[1])]), do_sample=False,
+                           max_new_tokens=codes.max_new_tokens, num_beams=20, num_return_sequences=10)
+    for answer in found: codes.items_of(answer[ids.shape[1]:])
+
+Items in order, best first, and their log-probabilities (`sequences_scores`, once length_penalty=0.0 keeps them undivided)
+are those of llmrec's own beams.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def with_codes(tokenizer: Any, tokens: CodeTokens) -> tuple[Any, int]:
 
 
 def misnumbered(tokenizer: Any, tokens: CodeTokens) -> str | None:
-    """What differs first between the ids a tokenizer gives the codes, by name and in text, and theirs; None if nothing."""
+    """Where ids that a tokenizer gives the codes, by name and in text, first differ from theirs; None if nowhere."""
     names, expected = tokens.names, list(range(tokens.first, tokens.end))
     for name, found, wanted in zip(names, tokenizer.convert_tokens_to_ids(names), expected, strict=True):
         if found != wanted:
@@ -120,11 +123,52 @@ def misnumbered(tokenizer: Any, tokens: CodeTokens) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class PromptFrame:
+    """What stands around the items of a prompt.
+
+    Args:
+        before: Token ids in front of the first item.
+        between: Behind every item but the last.
+        after: Behind the last item.
+        max_items: Most items of a prompt.
+        max_length: Most tokens of prompt and answer together; None for no limit.
+    """
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    max_items: int
+    max_length: int | None
+
+
+class LevelTrieLogitsProcessor(TrieLogitsProcessor):
+    """The mask over scores that are normalised within their level first, as windows of codes are trained."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[rows, prompt + m] ids, [rows, V] logits or log-probabilities -> [rows, V] scores."""
+        level = input_ids.shape[1] - self.prompt_length
+        if 0 <= level < self.trie.depth:
+            self._move(scores.device)
+            tokens, scores = self._tokens[level], scores.clone()
+            scores[:, tokens] = scores[:, tokens].log_softmax(-1)
+        return super().__call__(input_ids, scores)
+
+
 class ExportedCodes:
     """item_codes.json of an exported folder: prompts from original ids, the mask of the catalogue, items of answers.
 
     Args:
         record: The content of the file.
+
+    Attributes:
+        tokens: Where the codes stand.
+        fingerprint: Of the item tokenizer.
+        max_new_tokens: Tokens of an answer.
+        trie: The prefix trie of the catalogue.
+
+    Raises:
+        ValueError: The items are not written in codes of these levels.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -132,12 +176,18 @@ class ExportedCodes:
         self.fingerprint: str = record["item_tokenizer"]
         self.max_new_tokens: int = record["answer"]["max_new_tokens"]
         self._stop: list[int] = record["answer"]["stop_token_ids"]
-        self._frame: dict[str, Any] = record["prompt"]
+        self._frame = PromptFrame(**record["prompt"])
+        self._masks = {"level": LevelTrieLogitsProcessor, "vocabulary": TrieLogitsProcessor}[record["normalised"]]
         place = {name: number for number, name in enumerate(self.tokens.names, start=self.tokens.first)}
         self._ids = {key: [place[name] for name in names] for key, names in record["items"].items()}
         self._keys: dict[tuple[int, ...], list[str]] = {}
-        for key, ids in self._ids.items():
-            self._keys.setdefault(tuple(ids), []).append(key)
+        for key, row in self._ids.items():
+            self._keys.setdefault(tuple(row), []).append(key)
+        ids, starts = torch.tensor(list(self._ids.values()), dtype=torch.long), torch.tensor(self.tokens.starts)
+        if ids.dim() != 2 or ids.shape[1] != len(starts):
+            raise ValueError(f"items: found a table of shape {tuple(ids.shape)}, expected {len(starts)} codes per item")
+        codes = ids - starts
+        self.trie = PrefixTrie.build(torch.cat([codes[:1], codes]), self.tokens.level_sizes)  # the first is padding
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -154,8 +204,8 @@ class ExportedCodes:
             if record["format"] != FORMAT:
                 raise CheckpointError(f"{path}: found format {record['format']!r}, this version reads format {FORMAT}")
             return cls(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error!r}); export the run again") from error
 
     def prompt(self, history: Sequence[str]) -> list[int]:
         """Token ids that ask for the item after a history of original ids, oldest first; the oldest give way.
@@ -165,27 +215,21 @@ class ExportedCodes:
         """
         strange = [key for key in history if key not in self._ids]
         if strange or not history:
-            raise DataError("items without codes", found=strange[:8] or "no item", expected="original ids of the data set")
-        frame = self._frame
-        between, room = frame["between"], len(history)
-        if frame["max_length"] is not None:
-            free = frame["max_length"] - self.max_new_tokens - len(frame["before"]) - len(frame["after"])
-            room = (free + len(between)) // (len(self.tokens.level_sizes) + len(between))
-        shown = history[-min(frame["max_items"], room) :]
-        ids = [token for key in shown for token in (*self._ids[key], *between)]
-        return [*frame["before"], *ids[: len(ids) - len(between)], *frame["after"]]
-
-    def trie(self) -> PrefixTrie:
-        """The prefix trie of the catalogue."""
-        ids = torch.tensor(list(self._ids.values()))
-        codes = ids - torch.tensor(self.tokens.starts)
-        return PrefixTrie.build(torch.cat([codes[:1], codes]), self.tokens.level_sizes)  # the first row is padding
+            wanted = "original ids of the data set"
+            raise DataError("items without codes", found=strange[:8] or "no item", expected=wanted)
+        frame, room = self._frame, len(history)
+        if frame.max_length is not None:
+            free = frame.max_length - self.max_new_tokens - len(frame.before) - len(frame.after)
+            room = (free + len(frame.between)) // (len(self.tokens.level_sizes) + len(frame.between))
+        shown = history[-min(frame.max_items, room) :]
+        ids = [token for key in shown for token in (*self._ids[key], *frame.between)]
+        return [*frame.before, *ids[: len(ids) - len(frame.between)], *frame.after]
 
     def processor(self, prompt_length: int) -> TrieLogitsProcessor:
-        """The mask for `generate` after prompts of so many columns."""
+        """The mask for `generate` after prompts of so many columns; scores are normalised as they were trained."""
         sizes = zip(self.tokens.starts, self.tokens.level_sizes, strict=True)
         levels = [torch.arange(start, start + size) for start, size in sizes]
-        return TrieLogitsProcessor(self.trie(), levels, prompt_length, self._stop[0] if self._stop else None)
+        return self._masks(self.trie, levels, prompt_length, self._stop[0] if self._stop else None)
 
     def items_of(self, tokens: Sequence[int] | Tensor) -> list[str]:
         """Original ids of the items an answer names, by its first M tokens; none where it names none."""

@@ -105,10 +105,11 @@ def export_recommender(
     merged.llmrec_base_name = f"{getattr(base, 'llmrec_base_name', base.name_or_path)}, merged"
     with _appearing(out) as folder:
         merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         if codes is not None:
             codes.write(folder)
-        elif recommender.options.style != "text":
+        else:
+            tokenizer.save_pretrained(folder)
+        if codes is None and recommender.options.style != "text":
             save_recommender(_rebuilt(recommender, merged), folder / OWN_PARTS)
             if recommender.encoder is not None:
                 recommender.encoder.save_pretrained(folder / ENCODER)
@@ -118,8 +119,7 @@ def export_recommender(
         words = [part[:, : expected[0].shape[1]] for part in prompt_logits(read, tokenizer)]
         parity = compare_logits(expected, words, dtype)
         parity.require(f"the merged model is not the trained one, so {out} was not made")
-        if codes is not None:
-            codes.check(folder, read, out)
+        told = {} if codes is None else codes.told(rows, codes.check(folder, read, out))
         shift = None
         if scores is not None:
             reloaded = _reloaded(recommender, folder, read) if codes is None else codes.merged(read)
@@ -127,9 +127,7 @@ def export_recommender(
             if fixed is None:
                 _require_scores(scores, now, parity, out)
             shift = compare_scores(scores if trained_scores is None else trained_scores, now, recommender)
-        record = _record(recommender, facts, fixed, parity, shift, list(rows))
-        if codes is not None:
-            record |= codes.record(list(rows))
+        record = _record(recommender, facts, fixed, parity, shift, list(rows)) | told
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_readme(record), encoding="utf-8")
     return Exported(parity, shift, record)

@@ -8,7 +8,7 @@
 
 Names, ids and log-probabilities of codes are compared in the folder as it is read back, with the adapter on its base.
 
-The folder answers without llmrec, but nothing else keeps a server inside the catalogue: the trie and its beams are ours.
+The folder answers without llmrec, but nothing keeps such a server inside the catalogue: the trie and beams are ours.
 Windows were trained level by level, so their scores are normalised within the level; those of tasks over the
 vocabulary, as a plain beam search does.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from llmrec.llm.parity import Parity, compare_levels
 from llmrec.llm.recommender import LLMRecommender
 
 PLAIN_CODES = (
-    "a plain language model server can run it: items are ordinary tokens, in prompts and in answers. Nothing keeps such "
-    "a server inside the catalogue: beams that can only write items are llmrec's own decoder"
+    "a plain language model server can run it: items are ordinary tokens, in prompts and in answers. Nothing keeps "
+    "such a server inside the catalogue: the mask that can write items only is llmrec's own (llmrec.llm.code_tokens)"
 )
 
 
@@ -164,7 +165,7 @@ class CodeExport:
 
         wrong = misnumbered(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), self.tokens)
         if wrong is not None:
-            raise CheckFailed(f"the saved tokenizer does not number item codes as the model, so {out} was not made: {wrong}")
+            raise CheckFailed(f"saved tokenizer and model number item codes differently, so {out} was not made: {wrong}")
         tasks = bool(self.recommender.options.tasks)
         found = exported_log_probs(model, self.prompts, self.tokens, tasks)
         parity = compare_levels(self.expected, found, model.dtype)
@@ -189,7 +190,19 @@ class CodeExport:
             "normalised": "vocabulary" if self.recommender.options.tasks else "level",
         }
 
-    def example(self, row: dict[str, Any]) -> dict[str, Any]:
+    def told(self, rows: Sequence[dict[str, Any]], parity: Parity) -> dict[str, Any]:
+        """What the record of the export says of a checked folder.
+
+        Args:
+            rows: Real questions, the first of which is shown; there may be none.
+            parity: What `check` found.
+        """
+        what = "log-probabilities of codes after fixed prompts, this folder against base and adapter"
+        codes = {**self.record(), "parity": {"what": what, **asdict(parity)}}
+        shown = {"example": self._example(rows[0])} if rows else {}
+        return {"plain_server": PLAIN_CODES, "item_codes": codes, **shown}
+
+    def _example(self, row: dict[str, Any]) -> dict[str, Any]:
         """One real prompt, as token ids and as text."""
         ids = self._prompt_ids(row["item_ids"]).tolist()
         return {"prompt_token_ids": ids, "prompt": self.tokenizer.decode(ids), **self._answer()}
@@ -222,15 +235,50 @@ class CodeExport:
         one, two = (self._prompt_ids(items) for items in ([1], [1, 1]))
         depth, codes = len(self.tokens.level_sizes), (two >= self.tokens.first).nonzero().flatten()
         first, last = int(codes[0]), int(codes[-1])
-        options = self.recommender.options
-        asked = self.recommender._asker.options if options.tasks else options
+        longest, limit = self.recommender.options.max_history, None
+        if self.recommender.options.tasks:
+            asked = self.recommender._asker.options
+            longest, limit = min(longest, asked.max_history), asked.max_length
         return {
             "before": one[:first].tolist(),
             "between": two[first + depth : last + 1 - depth].tolist(),
             "after": two[last + 1 :].tolist(),
-            "max_items": min(options.max_history, asked.max_history),
-            "max_length": asked.max_length if options.tasks else None,
+            "max_items": longest if len(codes) > depth else 1,  # where two never fit, what parts them was not seen
+            "max_length": limit,
         }
+
+
+def readme_lines(record: dict[str, Any]) -> list[str]:
+    """What people read about the codes of an export.
+
+    Args:
+        record: The content of llmrec_export.json.
+    """
+    codes = record["item_codes"]
+    parity, levels = codes["parity"], codes["levels"]
+    names = ", ".join(
+        f"`<{level['letter']}_0>` to `<{level['letter']}_{level['size'] - 1}>` are the tokens from "
+        f"{level['first_token_id']} on"
+        for level in levels
+    )
+    lines = [
+        "", "## Items", "",
+        f"An item is {len(levels)} tokens, one of each level: {names}. `{ITEM_CODES}` holds the tokens of every item "
+        "and what stands around the items of a prompt. Text that contains such a name reads as the code.", "",
+        f"Checked against base and adapter in {parity['dtype']}: log-probabilities of codes differ by at most "
+        f"{parity['max_abs_diff']:.3g} (tolerance {parity['tolerance']:g}), {parity['top_k_overlap']:.1%} of the "
+        f"{parity['top_k']} best codes agree. They are normalised over the {codes['normalised']}.", "",
+        "```python",
+        "from llmrec.llm.code_tokens import ExportedCodes", "",
+        "codes = ExportedCodes.read(folder)  # its docstring shows how to ask for items of the catalogue only",
+        "```",
+    ]  # fmt: skip
+    if codes["filler_tokens"]:
+        lines += ["", f"{codes['filler_tokens']} tokens `<|unused_N|>` fill ids that the base model has and its "
+                  "tokenizer lacks."]  # fmt: skip
+    if codes["items_share_codes"]:
+        lines += ["", "Some items share their codes: an answer may name several."]
+    return lines
 
 
 @torch.no_grad()
@@ -259,7 +307,8 @@ def exported_log_probs(model: Any, prompts: list[Tensor], tokens: CodeTokens, ta
     """The same of a plain causal language model, by its own forward; `tasks`: normalised over the vocabulary."""
     rows = []
     for ids in prompts:
-        logits = model(input_ids=ids.to(model.device)[None], use_cache=False).logits[0, -len(tokens.level_sizes) :].float()
+        answered = model(input_ids=ids.to(model.device)[None], use_cache=False).logits[0]
+        logits = answered[-len(tokens.level_sizes) :].float()
         whole = logits.log_softmax(-1) if tasks else logits
         levels = zip(whole, tokens.starts, tokens.level_sizes, strict=True)
         found = [row[start : start + size] for row, start, size in levels]

@@ -6,8 +6,8 @@
 
 The added tokens are rows of a table of this recommender, behind the base model's vocabulary: token V + offset_h + c is
 code c of level h. Only these rows train, base embeddings stay as they are, the adapter holds no copy of them, and
-loading resizes nothing. Rows start at the mean embedding of the words in the titles of their items (ours; LC-Rec resizes
-the embedding matrix), and serve input and output where the base model ties its two, else there are two tables.
+loading resizes nothing. Rows start at the mean embedding of the words in the titles of their items (ours; LC-Rec
+resizes the embedding matrix), and serve input and output where the base model ties its two, else there are two tables.
 
 Windows are ours, for processors: LC-Rec trains prompts. Logits compete within their level there, over the vocabulary
 and all codes with tasks; asking uses the same normaliser as training.
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from llmrec.blocks.beam_search import recommend_codes
 from llmrec.blocks.readout import top_items
-from llmrec.blocks.trie import PrefixTrie
 from llmrec.data.schema import Ranking
 from llmrec.errors import DataError, RecipeError
 from llmrec.llm.backbone import GateArguments

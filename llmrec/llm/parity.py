@@ -122,7 +122,7 @@ def compare_logits(first: list[Tensor], second: list[Tensor], dtype: torch.dtype
 
 
 def compare_levels(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> Parity:
-    """Parity of log-probabilities of item codes, one [n, W] per level: the worst of all levels."""
+    """Parity of log-probabilities of item codes, one [n, W] per level: the largest difference, the mean overlap."""
     levels = [compare_logits([one], [two], dtype) for one, two in zip(first, second, strict=True)]
     largest = max(level.largest_logit for level in levels)
     return replace(
@@ -130,7 +130,7 @@ def compare_levels(first: list[Tensor], second: list[Tensor], dtype: torch.dtype
         max_abs_diff=float(torch.tensor([level.max_abs_diff for level in levels]).max()),  # keeps what is no number
         largest_logit=largest,
         top_k=max(level.top_k for level in levels),
-        top_k_overlap=min(level.top_k_overlap for level in levels),
+        top_k_overlap=sum(level.top_k_overlap for level in levels) / len(levels),
         tolerance=allowed_difference(levels[0].dtype, largest),
         positions=sum(level.positions for level in levels),
     )

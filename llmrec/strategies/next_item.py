@@ -2,8 +2,9 @@
 
 At every supervised position the true next item is set against the catalogue (full softmax) or against sampled items
 (sampled softmax; BCE of SASRec; gBCE of gSASRec): see `llmrec.blocks.losses`. A batch with `token_labels` belongs to an
-LLM that answers in words; its objective is the cross-entropy of the answer. A generative head has its own objective. `mask_history` is our addition: items
-already in the history do not compete with the target, as they do not when seen items are removed in evaluation.
+LLM that answers in words; its objective is the cross-entropy of the answer. A generative head has its own objective.
+`mask_history` is our addition: items already in the history do not compete with the target, as they do not when seen
+items are removed in evaluation.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class NextItem(TrainingStrategy):
         """
         if isinstance(model, GenerativeHead):
             found = model(batch)
-            return StepLoss(total=found.loss, parts=dict(found.parts or {}), count=1 if found.count is None else found.count)
+            count = 1 if found.count is None else found.count
+            return StepLoss(total=found.loss, parts=dict(found.parts or {}), count=count)
         if "token_labels" in batch:
             # The first token of a sequence is predicted by nothing.
             count = int((batch["token_labels"][:, 1:] != -100).sum())

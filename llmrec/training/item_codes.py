@@ -1,7 +1,7 @@
 """From a recipe to item codes: feature levels, the fitted item tokenizer, and what is checked when one is taken over.
 
-    FOLDER/tokenizer.json, codes.safetensors     the tokenizer (`llmrec.item_tokenizers.base`)
-    FOLDER/fit.json                              hashes of data set and item index, what it was fitted on, seconds
+FOLDER/tokenizer.json, codes.safetensors     the tokenizer (`llmrec.item_tokenizers.base`)
+FOLDER/fit.json                              hashes of data set and item index, what it was fitted on, seconds
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def make_item_features(
     levels = text_levels(
         dataset,
         spec.levels,
-        lambda texts: embed_texts(
-            texts, spec.text, max_tokens=spec.max_tokens, device=device, revision=spec.revision
-        ),
+        lambda texts: embed_texts(texts, spec.text, max_tokens=spec.max_tokens, device=device, revision=spec.revision),
         identity=identity,
         cache=cache_root() / "item-features",
     )

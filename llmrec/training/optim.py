@@ -1,8 +1,9 @@
 """Parameter groups of a stage: who learns how fast, and which weights decay.
 
-Groups: projector (maps item vectors to token slots), router (of instance-wise tuners), head (output layers and
-the added rows of item codes), tuner (the other adapter weights), encoder (sequence encoders). iLoRA's release trains the router at 0.3 of the learning rate,
-which a recipe says as `learning_rates: {router: 0.3}`; a group not named there takes the learning rate as it is.
+Groups: projector (maps item vectors to token slots), router (of instance-wise tuners), head (output layers and the
+added rows of item codes), tuner (the other adapter weights), encoder (sequence encoders). iLoRA's release trains the
+router at 0.3 of the learning rate, which a recipe says as `learning_rates: {router: 0.3}`; a group not named there
+takes the learning rate as it is.
 
 Weight decay (ours; the papers differ) touches matrices only: not biases, norms, embeddings or low-rank adapters.
 """
@@ -19,7 +20,17 @@ from llmrec.errors import RecipeError
 from llmrec.heads.base import GenerativeHead
 
 _ADAPTERS = (".lora_", "modules_to_save", "trainable_tokens", "prompt_encoder")
-_HEADS = {"output_head", "score_head", "item_head", "lm_head", "output_bias", "item_bias", "logit_scale", "code_embedding", "code_output"}
+_HEADS = {
+    "output_head",
+    "score_head",
+    "item_head",
+    "lm_head",
+    "output_bias",
+    "item_bias",
+    "logit_scale",
+    "code_embedding",
+    "code_output",
+}
 _OUTER_HEADS = {"head", "bias", "scale"}
 """Heads only when they stand on the model itself; deeper inside, these names mean other things."""
 

@@ -321,7 +321,12 @@ def _make_model(run: Run) -> None:
         options |= {name: getattr(prompt, name) for name in ("projector", "curriculum")}
         options |= {"slot_content": prompt.slot_content} if prompt.style == "hybrid" else {}
     run.model = LLMRecommender.build(
-        model, encoder=run.encoder, tokenizer=tokenizer, renderer=_renderer(run, tokenizer, rows), **_codes(run), **options
+        model,
+        encoder=run.encoder,
+        tokenizer=tokenizer,
+        renderer=_renderer(run, tokenizer, rows),
+        **_codes(run),
+        **options,
     ).to(run.device)
 
 

@@ -179,7 +179,8 @@ class TestRecipes:
             "evaluate": {"protocol": "full", "max_users": 5, "baselines": []},
         }  # fmt: skip
         run_recipe(parse_recipe(raw), tmp_path / "run", say=lambda line: None)
-        words = [*KMEANS, "--collaborative", tmp_path / "run", "--no-plots", "--out", tmp_path / "codes"]
+        even = ["--set", "balanced=true"]  # vectors of one step of training crowd into few codes
+        words = [*KMEANS, *even, "--collaborative", tmp_path / "run", "--no-plots", "--out", tmp_path / "codes"]
         record, told = said(capsys, "tokenize", data, *words)
         assert record["features"]["collaborative"]["width"] == 8 and "item vectors of sasrec" in told
         made = (tmp_path / "codes" / "fit.json").read_text()

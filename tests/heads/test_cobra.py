@@ -264,8 +264,9 @@ def test_7_paths_of_the_encoders_gradient(
     assert any(p.grad is not None and p.grad.any() for p in head.encoder.parameters())
 
 
-def test_8_cached_decoding_equals_whole_sequences() -> None:
-    head = head_of(buckets(25), num_layers=2)
+@pytest.mark.parametrize("domain", ["cluster", "global"])
+def test_8_cached_decoding_equals_whole_sequences(domain: str) -> None:
+    head = head_of(buckets(25), num_layers=2, dense_softmax=domain)
     draw = np.random.default_rng(1)
     rows = [draw.integers(1, 26, length).tolist() for length in draw.permutation(20) + 1]
     batch = batch_of(rows)
@@ -273,8 +274,10 @@ def test_8_cached_decoding_equals_whole_sequences() -> None:
     assert found.valid.all()
     for row, history in enumerate(rows):
         phi, cosines = written_out(head, history)
-        _, first = np.unique(head.codes[1:].numpy(), axis=0, return_index=True)  # each code counts once
-        expected = 0.9 * phi - (0.9 * phi[first]).logsumexp(0) + 16 * cosines - (16 * cosines).logsumexp(0)
+        _, first, code = np.unique(head.codes[1:].numpy(), axis=0, return_index=True, return_inverse=True)
+        one_code = torch.as_tensor(code[:, None] == code if domain == "cluster" else np.ones((25, 25), dtype=bool))
+        rivals = torch.where(one_code, 16 * cosines, -torch.inf).logsumexp(1)
+        expected = 0.9 * phi - (0.9 * phi[first]).logsumexp(0) + 16 * cosines - rivals  # each code counts once
         torch.testing.assert_close(found.scores[row], expected[found.item_ids[row] - 1], atol=1e-5, rtol=1e-5)
         assert (expected.argsort(descending=True) + 1).tolist() == found.item_ids[row].tolist()
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
@@ -380,7 +383,7 @@ def test_padding_of_the_batch_is_not_supervised() -> None:
 
 
 def test_scores_of_candidates_are_those_of_the_ranking() -> None:
-    head = head_of(buckets(12), neighbours=1, beams=1)
+    head = head_of(buckets(12), neighbours=1, beams=1, dense_softmax="global")
     candidates = torch.tensor([[2, 5, 8, 11, 0], [1, 4, 7, 10, 12]])
     batch = {**batch_of([[3, 5], [7]]), "candidates": candidates}
     scores, found = head.score_candidates(batch), head.recommend(batch, 5)
