@@ -34,6 +34,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("inspect", "count a data set and look for leaks"),
     ("instruct", "write a data set as prompts and answers"),
     ("tokenize", "give items codes, for models that generate them"),
+    ("summarize", "write texts of items and of users' tastes"),
     ("check", "validate a recipe without loading weights"),
     ("train", "run the stages of a recipe"),
     ("evaluate", "measure a run on a split"),

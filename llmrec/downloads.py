@@ -124,11 +124,23 @@ def _make_tiny_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _make_tiny_vision_model(folder: Path) -> None:
+    """See `llmrec.llm.tiny_vision`: sees pictures and reads words, knows nothing."""
+    from llmrec.llm.tiny_vision import save_tiny_vision_model
+
+    save_tiny_vision_model(folder)
+
+
 NAMES: dict[str, Named] = {
     "tiny-llama": Named(
         summary="made on the spot: a random Llama of two layers for smoke tests; it knows nothing",
         licence="none needed",
         finish=_make_tiny_model,
+    ),
+    "tiny-vlm": Named(
+        summary="made on the spot: a random vision-language model (LLaVA in small) for smoke tests; it knows nothing",
+        licence="none needed",
+        finish=_make_tiny_vision_model,
     ),
     "smollm2-135m": Named(
         summary="language model of 135 million parameters, instruction tuned",

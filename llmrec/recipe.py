@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmrec import discovery
 from llmrec.discovery import nearest
@@ -88,6 +88,9 @@ class ItemFeaturesSpec(_Strict):
         max_tokens: Longest text.
         revision: Hub revision of the text model.
         tokens: Also give heads the first n token ids of the level texts, for a text encoder that learns; 0 = no.
+        image: One more level "image": "descriptors" (colours and textures, no model), or a hub id or folder of a
+            vision model; null = no. Items without a picture lack the level.
+        image_revision: Hub revision of the vision model.
     """
 
     text: str = "minilm"
@@ -96,6 +99,17 @@ class ItemFeaturesSpec(_Strict):
     max_tokens: int = Field(default=128, ge=1)
     revision: str | None = None
     tokens: int = Field(default=0, ge=0)
+    # Left out of the record where unset, so that runs begun before there were such keys go on.
+    image: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
+    image_revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _image_level(self) -> ItemFeaturesSpec:
+        if self.image is not None and "image" in self.levels:
+            raise ValueError("levels.image: found a text level of that name; expected another, as `image` makes one")
+        if self.image_revision is not None and self.image in (None, "descriptors"):
+            raise ValueError(f"image_revision: found image: {self.image or 'null'}; expected the hub id of a model")
+        return self
 
 
 class ItemTokenizerSpec(PartSpec):
@@ -134,13 +148,39 @@ class GateSpec(_Strict):
     precompute: bool = False
 
 
+class PairSpec(_Strict):
+    """What a question of style yes_no shows; see `llmrec.data.pairs.PairOptions` for the numbers.
+
+    Args:
+        summaries: Folder of `llmrec summarize` whose user texts stand in the questions; null = none.
+        item_text: More words on the candidate: a template over item columns ("{description}"), or "summary" for the
+            item texts of `summaries`; null = none.
+        pictures: Show the candidate's picture; takes a vision-language model.
+        tune_vision: Let the adapter into the vision tower and the projector as well.
+        show_history, max_text_tokens, max_preference_tokens, negatives, negative_kind, loss_on_prompt: As there.
+    """
+
+    summaries: str | None = None
+    item_text: str | None = None
+    pictures: bool = False
+    tune_vision: bool = False
+    show_history: int = Field(default=10, ge=0)
+    max_text_tokens: int = Field(default=64, ge=1)
+    max_preference_tokens: int = Field(default=128, ge=1)
+    negatives: int = Field(default=1, ge=0)
+    negative_kind: Literal["uniform", "popularity"] = "uniform"
+    loss_on_prompt: bool = False
+
+
 class PromptSpec(_Strict):
     """What the LLM sees.
 
     Args:
         style: "text" (titles), "hybrid" (titles and projected item vectors), "item_slots" (one vector per item),
-            "item_codes" (added tokens for the codes of an item tokenizer).
-        template: File below prompts/, for text and hybrid.
+            "item_codes" (added tokens for the codes of an item tokenizer), "describe" (the picture of an item; a
+            vision-language model learns to describe it, see `llmrec.training.describing`), "yes_no" (a question about
+            one candidate, see `llmrec.llm.yes_no`).
+        template: File below prompts/, for text, hybrid, describe and yes_no.
         variants: "all" phrasings in turn, or one number.
         candidates: Candidates listed in the prompt, the target included.
         slots: Where hybrid prompts carry item vectors.
@@ -157,9 +197,14 @@ class PromptSpec(_Strict):
         tasks: item_codes only: task -> share of the training examples (`llmrec.data.code_tasks`); empty trains windows
             of codes instead.
         beams: item_codes only: width of the beam.
+        pairs: yes_no only: what a question shows.
+        answer: describe only: what is learned, with item columns in braces ("{categories}"). Pictures of the synthetic
+            source also have shape, colour, pattern and lettering.
+        held_out: describe only: share of pictures that are measured and not trained on.
+        held_out_by: describe only: columns whose equal values stay on one side; none: equal pictures do.
     """
 
-    style: Literal["text", "hybrid", "item_slots", "item_codes"] = "item_slots"
+    style: Literal["text", "hybrid", "item_slots", "item_codes", "describe", "yes_no"] = "item_slots"
     template: str | None = None
     variants: Literal["all"] | int = "all"
     candidates: int | None = Field(default=None, ge=2)
@@ -178,28 +223,32 @@ class PromptSpec(_Strict):
     learn_scale: bool = False
     tasks: dict[str, float] = {}
     beams: int = Field(default=20, ge=1)
+    pairs: PairSpec | None = Field(default=None, exclude_if=lambda value: value is None)
+    answer: str | None = None
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    held_out_by: list[str] = []
 
     @property
     def reads_titles(self) -> bool:
         """Whether asking takes titles: the styles in words."""
-        return self.style in ("text", "hybrid")
+        return self.style in ("text", "hybrid", "yes_no")
 
 
 class StageSpec(BaseModel):
     """One training stage; every other key is a name of transformers.TrainingArguments.
 
     Args:
-        train: Which part learns.
+        train: Which part learns; "llm" is the whole vision-language model of prompt.style describe.
         strategy: The objective.
         early_stopping_patience: Evaluations without improvement before the stage ends; null = never.
         metric: Validation metric for early stopping and for the best checkpoint.
-        eval_users: Validate on this many users (seeded draw); null = all.
+        eval_users: Validate on this many users, or held-out pictures (seeded draw); null = all.
         max_examples: Train on this many examples (seeded draw); null = all.
         learning_rates: Factors on the learning rate per parameter group: projector, router, head, tuner.
     """
 
     model_config = ConfigDict(extra="allow")
-    train: Literal["encoder", "tuner", "head"]
+    train: Literal["encoder", "tuner", "head", "llm"]
     strategy: PartSpec = PartSpec(type="next_item")
     early_stopping_patience: int | None = Field(default=None, ge=1)
     metric: str = "ndcg@10"
@@ -345,14 +394,17 @@ class Recipe(_Strict):
         self._check_finished_gates(prefix)
         if self.prompt is not None and self.prompt.reads_titles and self.prompt.template is None:
             raise RecipeError(
-                f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as next_item/movie"
+                f"{prefix}prompt.style {self.prompt.style!r} needs prompt.template, such as "
+                + ("pairwise/movie" if self.prompt.style == "yes_no" else "next_item/movie")
             )
+        self._check_pairs(prefix)
         if self.llm is not None and self.llm.quantize and not _importable("bitsandbytes"):
             raise RecipeError(
                 f"{prefix}llm.quantize: {self.llm.quantize} needs bitsandbytes; "
                 "install it with: pip install 'llmrec[quant]'"
             )
         self._check_pointwise(prefix)
+        self._check_describing(prefix)
         self._refuse_idle_sections(prefix)
         self._check_codes(prefix)
         if not self.stages and self.encoder is None and self.head is None:
@@ -384,6 +436,24 @@ class Recipe(_Strict):
                 f"experts; expected num_experts: {count} and a rank r it divides"
             )
 
+    def _check_pairs(self, prefix: str) -> None:
+        """Style yes_no judges candidates, and its questions find what they show."""
+        prompt = self.prompt
+        if prompt is None or prompt.style != "yes_no":
+            if prompt is not None and prompt.pairs is not None:
+                raise RecipeError(f"{prefix}prompt.pairs: only style yes_no asks about pairs, found {prompt.style}")
+            return
+        if self.evaluate.protocol == "full" or self.evaluate.mode != "score":
+            raise RecipeError(
+                f"{prefix}evaluate: style yes_no judges given candidates by score; expected protocol: candidates-21 "
+                f"(1 + 20) or another number, and mode: score; found {self.evaluate.protocol}, {self.evaluate.mode}"
+            )
+        pairs = prompt.pairs or PairSpec()
+        if pairs.item_text == "summary" and pairs.summaries is None:
+            raise RecipeError(f"{prefix}prompt.pairs.item_text: summary stands in prompt.pairs.summaries; name the folder")
+        if pairs.tune_vision and not pairs.pictures:
+            raise RecipeError(f"{prefix}prompt.pairs.tune_vision: no question shows a picture; set pictures: true")
+
     def _check_codes(self, prefix: str) -> None:
         """Item codes have a reader, a source, and the stage that learns them."""
         speaks = self.prompt is not None and self.prompt.style == "item_codes"
@@ -405,12 +475,19 @@ class Recipe(_Strict):
         if self.prompt is not None and self.prompt.tasks and not speaks:
             raise RecipeError(f"{prefix}prompt.tasks: only style item_codes trains tasks, found {self.prompt.style}")
         if needs and self.item_tokenizer is None:
-            reader = "prompt.style item_codes" if speaks else f"head {self.head.type!r}"  # type: ignore[union-attr]
-            raise RecipeError(f"{prefix}{reader} speaks item codes: add an `item_tokenizer` section, such as rqkmeans")
+            speaker = "prompt.style item_codes" if speaks else f"head {self.head.type!r}"  # type: ignore[union-attr]
+            raise RecipeError(f"{prefix}{speaker} speaks item codes: add an `item_tokenizer` section, such as rqkmeans")
         if self.item_tokenizer is not None and not needs:
             raise RecipeError(f"{prefix}nothing reads the item codes: add a `head`, or prompt.style: item_codes")
         if self.item_features is not None and self.item_tokenizer is None and self.head is None:
-            raise RecipeError(f"{prefix}nothing reads `item_features`: add an `item_tokenizer`")
+            reader: Any = None
+            if self.encoder is not None and not self.encoder.pretrained:
+                reader = discovery.resolve("encoder", self.encoder.type)
+            if reader is None or not reader.reads_item_features:
+                raise RecipeError(
+                    f"{prefix}nothing reads `item_features`: add an `item_tokenizer`, or an encoder that reads them "
+                    "(ssr, lightgcn)"
+                )
         if self.item_tokenizer is not None and self.item_features is None and self.item_tokenizer.pretrained is None:
             raise RecipeError(
                 f"{prefix}an item tokenizer codes what is known of items: add `item_features`, "
@@ -425,6 +502,40 @@ class Recipe(_Strict):
                     f"{prefix}item_features.collaborative: encoder {collaborative.type!r} has to be trained; expected "
                     "pretrained: RUN, or a counting encoder such as als"
                 )
+
+    @property
+    def describes(self) -> bool:
+        """Whether the run teaches a vision-language model to describe pictures, and ranks nothing."""
+        return self.prompt is not None and self.prompt.style == "describe"
+
+    def _check_describing(self, prefix: str) -> None:
+        """Describing pictures takes a model, a question, an answer and one stage that trains the whole model."""
+        trained = [stage.train for stage in self.stages]
+        if not self.describes:
+            given = self.prompt is not None and (self.prompt.answer is not None or bool(self.prompt.held_out_by))
+            if "llm" in trained or given:
+                raise RecipeError(f"{prefix}`train: llm`, answer and held_out_by belong to prompt.style: describe")
+            return
+        assert self.prompt is not None
+        others = [n for n in ("encoder", "tuner", "head", "item_tokenizer", "item_features") if getattr(self, n)]
+        if self.llm is None or trained != ["llm"] or others:
+            raise RecipeError(
+                f"{prefix}prompt.style describe trains a vision-language model and nothing else: expected `llm`, one "
+                f"stage `train: llm`; found {', '.join([*others, *(f'train: {part}' for part in trained)]) or 'no stage'}"
+            )
+        if self.prompt.template is None or not re.search(r"{\w+}", self.prompt.answer or ""):
+            raise RecipeError(
+                f"{prefix}prompt.style describe needs prompt.template, such as summarize/item_brief, and prompt.answer "
+                "with item columns in braces, such as '{categories}'"
+            )
+        stage = self.stages[0]
+        if stage.metric not in ("described", "named") or stage.strategy != PartSpec(type="next_item"):
+            raise RecipeError(
+                f"{prefix}stages.0: found metric {stage.metric}; expected metric: described or named, and no strategy: "
+                "the objective is the answer"
+            )
+        if self.llm.quantize:
+            raise RecipeError(f"{prefix}llm.quantize: packed weights cannot be trained; remove it")
 
     def _check_pointwise(self, prefix: str) -> None:
         """Mode pointwise asks an encoder with action tokens about events of both kinds."""

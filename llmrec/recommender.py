@@ -467,28 +467,41 @@ def load_system(
         raise CheckpointError(f"{run.root}: no trained model in {run.model.name}/; train the recipe to its end first")
     from llmrec.llm.recommender import LLMRecommender
 
-    titles = None
-    if recipe.prompt is not None and recipe.prompt.reads_titles:
+    titles, questions = None, {}
+    base, tokenizer, processor = load_base_model(recipe)
+    if recipe.prompt is not None and recipe.prompt.style == "yes_no":
+        from llmrec.llm.rendering import question_parts
+
+        questions = question_parts(recipe, dataset, tokenizer, processor)
+    elif recipe.prompt is not None and recipe.prompt.reads_titles:
         from llmrec.data.item_text import title_texts
 
         titles = title_texts(dataset)
-    base, tokenizer = load_base_model(recipe)
     codes = load_codes(run, recipe) if recipe.prompt is not None and recipe.prompt.style == "item_codes" else None
     loaded: Any = LLMRecommender.from_pretrained(
-        run.model, base, encoder, tokenizer=tokenizer, titles=titles, item_tokenizer=codes
+        run.model, base, encoder, tokenizer=tokenizer, titles=titles, item_tokenizer=codes, **questions
     )
     return loaded, system_name(recipe), encoder
 
 
-def load_base_model(recipe: Recipe) -> tuple[Any, Any]:
-    """The recipe's language model and tokenizer, with the same type of weights in training and afterwards."""
+def load_base_model(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """The recipe's language model, tokenizer and, where it reads pictures, processor.
+
+    Weights have the same type in training and afterwards.
+    """
+    llm, prompt = recipe.llm, recipe.prompt
+    assert llm is not None
+    options: dict[str, Any] = {
+        "dtype": llm.dtype, "quantize": llm.quantize, "revision": llm.revision, "num_layers": llm.num_layers,
+    }  # fmt: skip
+    if prompt is not None and prompt.pairs is not None and prompt.pairs.pictures:
+        from llmrec.llm.vision import load_vision_model
+
+        model, processor = load_vision_model(llm.model, **options)
+        return model, processor.tokenizer, processor
     from llmrec.llm.loading import load_language_model
 
-    llm = recipe.llm
-    assert llm is not None
-    return load_language_model(
-        llm.model, dtype=llm.dtype, quantize=llm.quantize, revision=llm.revision, num_layers=llm.num_layers
-    )
+    return *load_language_model(llm.model, **options), None
 
 
 def load_encoder(folder: Path, recipe: Recipe) -> Any:

@@ -25,7 +25,7 @@ SUBPACKAGES = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py")
 ALLOWED = {
     "blocks": {"."},
     "data": {"."},
-    "encoders": {"encoders.base", "blocks", "data.schema"},
+    "encoders": {"encoders.base", "blocks", "data.schema", "data.graph"},
     "item_tokenizers": {"item_tokenizers.base", "blocks", "data.schema"},
     "series": {"series.base", "blocks", "data.schema"},
     "heads": {"heads.base", "blocks", "data.schema", "encoders.base", "item_tokenizers.base"},

@@ -68,3 +68,29 @@ def test_every_phrasing_has_what_a_prompt_needs(name):
         assert "Fourth" not in open_question and text != open_question
         texts.add(text)
     assert len(texts) == len(template.variants)
+
+
+def summarize_prompts() -> dict[str, str]:
+    """The prompts of the summarizers, first and later blocks, first and second attempts."""
+    image, block = (PromptTemplate.load(f"summarize/{name}") for name in ("item_image", "user_block"))
+    items = [{"title": title, "text": text} for (_, title), text in zip(HISTORY, ("A red ring.", "", "{{ x }}"))]
+    images = [
+        image.render(1, noun="film poster", known=known, again=again)
+        for known in ("", "First, Item (1999)")
+        for again in (False, True)
+    ]
+    blocks = [
+        block.render(1, items=items, previous=previous, opening="This customer likes", again=again)
+        for previous in ("", "This customer likes rings.")
+        for again in (False, True)
+    ]
+    return {"item_image": "\n===\n".join(images) + "\n", "user_block": "\n===\n".join(blocks) + "\n"}
+
+
+@pytest.mark.parametrize("name", ["item_image", "user_block"])
+def test_prompts_of_summarizers_render_to_the_stored_text(name):
+    text, path = summarize_prompts()[name], STORED / f"summarize__{name}.txt"
+    if WRITE:
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+    assert "\n\n" not in text and "  " not in text, "no holes where a part is left out"

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folder, folder:system, or a .parquet of predictions"
     )
-    parser.add_argument("--metric", help="per-user metric: hr@K, ndcg@K, mrr@K or valid_ratio (default: ndcg@10)")
+    parser.add_argument("--metric", help="per-user metric: hr@K, ndcg@K, mrr@K, auc or valid_ratio (default: ndcg@10)")
     parser.add_argument("--evaluation", metavar="NAME", help="which evaluation of a run (default: its main one)")
     parser.add_argument("--predictions", metavar="FILE", help="compare one run with this file instead of a second run")
     parser.add_argument("--dataset", metavar="DIR", help="prepared data set that --predictions is scored against")

@@ -16,11 +16,12 @@ from llmrec.errors import CheckpointError
 
 if TYPE_CHECKING:
     from llmrec.llm.memory import MemoryEstimate, Setting
-    from llmrec.recipe import Recipe, StageSpec
+    from llmrec.recipe import PromptSpec, Recipe, StageSpec
 
 CODE_LEVELS, CODES_OF_A_LEVEL = 4, 256
-TITLE_TOKENS, FRAME_TOKENS = 10, 64
-"""Assumed where a recipe sets no limit: tokens of a title, and of a prompt around its items."""
+TITLE_TOKENS, FRAME_TOKENS, PICTURE_TOKENS = 10, 64, 2880
+"""Assumed where a recipe sets no limit: tokens of a title, of a prompt around its items, and of a picture (the most
+that LLaVA-NeXT makes of one)."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,23 @@ def _worded_sizes(recipe: Recipe, vocabulary: int) -> dict[str, int]:
     prompt = recipe.prompt
     assert prompt is not None
     title = prompt.max_title_tokens or TITLE_TOKENS
+    if prompt.style == "yes_no":
+        return {"length": prompt.max_length or _question_tokens(prompt, title), "places": 2, "slots": 0,
+                "classes": vocabulary}  # fmt: skip
     shown = recipe.dataset.max_history + (prompt.candidates or 0)
     length = prompt.max_length or FRAME_TOKENS + shown * (title + 2)
     slots = shown if prompt.style == "hybrid" else 0
     return {"length": length, "places": title + 1, "slots": slots, "classes": vocabulary}
+
+
+def _question_tokens(prompt: PromptSpec, title: int) -> int:
+    """Tokens of a question of style yes_no, where all it may show is as long as it may be."""
+    from llmrec.recipe import PairSpec
+
+    pairs = prompt.pairs or PairSpec()
+    texts = pairs.max_text_tokens if pairs.item_text is not None else 0
+    texts += pairs.max_preference_tokens if pairs.summaries is not None else 0
+    return FRAME_TOKENS + (pairs.show_history + 1) * (title + 2) + texts + (PICTURE_TOKENS if pairs.pictures else 0)
 
 
 def _trained_beside(recipe: Recipe, side: SideParts, width: int) -> int:
@@ -205,7 +219,7 @@ def _trained_beside(recipe: Recipe, side: SideParts, width: int) -> int:
 
     prompt = recipe.prompt
     assert prompt is not None
-    if prompt.style == "text":
+    if prompt.style in ("text", "yes_no"):
         return 0
     if prompt.style == "item_codes":
         return CODE_LEVELS * CODES_OF_A_LEVEL * width

@@ -62,7 +62,7 @@ def run(args: Namespace) -> int:
         DataError: The source cannot be read, or nothing is left of it.
     """
     from llmrec.commands.output import emit, note
-    from llmrec.data.card import REJECTED, write_folder
+    from llmrec.data.card import REJECTED, REJECTED_IMAGES, write_folder
     from llmrec.data.prepare import prepare_source
 
     options = options_from(args)
@@ -77,6 +77,10 @@ def run(args: Namespace) -> int:
         "rejected": rejected,
         "rejected_file": str(folder / REJECTED) if rejected else None,
     }
+    if preparation.rejected_images is not None:
+        images = preparation.rejected_images.num_rows
+        record["rejected_images"] = images
+        record["rejected_images_file"] = str(folder / REJECTED_IMAGES) if images else None
     if args.as_json:
         for line in record["notes"]:
             note(f"note: {line}")
@@ -147,6 +151,8 @@ def _tables(record: dict[str, Any]) -> list[RenderableType]:
     parts.extend(f"note: {line}" for line in record["notes"])
     if record["rejected"]:
         parts.append(f"note: {record['rejected']:,} bad rows were left out; see {record['rejected_file']}")
+    if record.get("rejected_images"):
+        parts.append(f"note: {record['rejected_images']:,} images were left out; see {record['rejected_images_file']}")
     return parts
 
 

@@ -38,16 +38,19 @@ def run(args: Namespace) -> int:
         from llmrec.commands.launch import relaunch
 
         relaunch(args.argv, args.launcher, recipe)
-    from llmrec.evaluation.results import results_table
-
     folder = Path(args.out or Path("runs") / recipe.name)
     note(f"recipe {recipe.name} -> {folder}")
     from llmrec.training.stages import run_recipe
 
+    if recipe.describes:
+        from llmrec.training.describing import descriptions_table as table_of
+    else:
+        from llmrec.evaluation.results import results_table as table_of
+
     record = run_recipe(
         recipe, folder, say=note, resume=args.resume, force=args.force, publish=_publisher(recipe.report.push_to)
     )
-    emit({**record, "run": str(folder)}, lambda: results_table(record, recipe.evaluate.metrics), args.as_json)
+    emit({**record, "run": str(folder)}, lambda: table_of(record, recipe.evaluate.metrics), args.as_json)
     return 0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
     from llmrec.data.prepare import Preparation
 
-CARD, REJECTED = "README.md", "rejected.csv"
+CARD, REJECTED, REJECTED_IMAGES = "README.md", "rejected.csv", "rejected_images.csv"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 _SPLIT_MEANING = {
     "train": "training targets and inputs",
@@ -48,9 +48,12 @@ def write_folder(preparation: Preparation, folder: str | Path) -> Path:
         preparation.dataset.save(staged)
         if preparation.rejected is not None and preparation.rejected.num_rows:
             write_rejected(preparation.rejected, staged / REJECTED)
+        if preparation.rejected_images is not None and preparation.rejected_images.num_rows:
+            write_rejected(preparation.rejected_images, staged / REJECTED_IMAGES)
         (staged / CARD).write_text(render_card(preparation.dataset, preparation.rejected), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         (folder / REJECTED).unlink(missing_ok=True)
+        (folder / REJECTED_IMAGES).unlink(missing_ok=True)
         shutil.rmtree(folder / "candidates", ignore_errors=True)
         # meta.json last: until then its fingerprint does not fit the tables and no reader accepts the folder
         for path in sorted(staged.iterdir(), key=lambda path: (path.name == "meta.json", path.name)):

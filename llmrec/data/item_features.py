@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,15 +62,36 @@ def text_levels(
                 expected="a template over columns the items have, or no such level",
             )
         present = [text for text in texts if text]
-        path = None if cache is None else cache / f"{_key(identity, present)}.safetensors"
-        vectors = _read(path)
-        if vectors is None:
-            vectors = np.asarray(embed(present), dtype=np.float32)
-            _write(path, vectors)
-        values = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
-        values[mask] = vectors
-        levels[name] = (values, mask)
+        encoded = (text.encode() for text in present)
+        vectors = cached_vectors(encoded, partial(embed, present), identity=identity, cache=cache)
+        levels[name] = (spread(vectors, mask), mask)
     return levels
+
+
+def cached_vectors(
+    contents: Iterable[bytes], make: Callable[[], np.ndarray], *, identity: str, cache: Path | None
+) -> np.ndarray:
+    """Vectors [n, d] float32 of contents, read from the cache where model and contents are those of an earlier call.
+
+    Args:
+        contents: What the vectors are of, or a digest of each, in order.
+        make: Makes the vectors.
+        identity: What tells this model from others.
+        cache: Folder of the cache; None computes anew.
+    """
+    path = None if cache is None else cache / f"{_key(identity, contents)}.safetensors"
+    vectors = _read(path)
+    if vectors is None:
+        vectors = np.asarray(make(), dtype=np.float32)
+        _write(path, vectors)
+    return vectors
+
+
+def spread(vectors: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Vectors [n, d] at the n places of a mask [I+1]; zeros elsewhere, which the mask says are nothing."""
+    values = np.zeros((len(mask), vectors.shape[1]), dtype=np.float32)
+    values[mask] = vectors
+    return values
 
 
 def collaborative_level(vectors: np.ndarray, train_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,10 +119,10 @@ def token_level(
     return values, np.asarray(values.any(axis=1))
 
 
-def _key(identity: str, texts: Sequence[str]) -> str:
+def _key(identity: str, contents: Iterable[bytes]) -> str:
     digest = hashlib.sha256(identity.encode())
-    for text in texts:
-        digest.update(b"\0" + text.encode())
+    for content in contents:
+        digest.update(b"\0" + content)
     return digest.hexdigest()[:32]
 
 

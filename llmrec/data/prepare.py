@@ -8,7 +8,8 @@ Nothing loops over rows in Python. The steps, in this order:
 3. the most frequent `max_items` items are kept, where asked for;
 4. users and items with too few events are dropped, again and again until nothing changes (k-core);
 5. users and items are numbered from 1 by sorted original id (as numbers where all ids are integers);
-6. each user's events are ordered by time (or by the order column), equal times by source row, and split.
+6. each user's events are ordered by time (or by the order column), equal times by source row, and split;
+7. images of the items that are left are checked and read; broken ones are listed, their items stay without one.
 
 Because numbering and order use original ids and times only, a shuffled file gives the same data set wherever
 no two events of a user share a time.
@@ -42,6 +43,7 @@ from llmrec.data.filters import (
     parse_positive,
     renumber,
 )
+from llmrec.data.image_checks import check_images
 from llmrec.data.leaks import future_training_share
 from llmrec.data.schema import ITEM, KEY, ORDER, SPLIT, TIMESTAMP, USER
 from llmrec.data.sources.base import RawTables, ReadOptions
@@ -72,7 +74,8 @@ class PrepareOptions:
         format: Source kind; None looks at the file names.
         on_bad_rows: "stop" at the first bad row, or "quarantine" bad rows and go on.
         engine: Where the expressions run.
-        source_options: Options of a generated source (users, items, events_per_user, seed, images of "synthetic").
+        source_options: Options of a generated source (users, items, events_per_user, seed, images, visual_taste,
+            taste_drift of "synthetic").
     """
 
     min_user: int = 1
@@ -113,10 +116,12 @@ class Preparation:
     Args:
         dataset: The data set.
         rejected: Quarantined rows (file, line, column, found, reason), or None.
+        rejected_images: Images left out (item, file, found, reason, remedy), or None where the items have none.
     """
 
     dataset: InteractionDataset
     rejected: pa.Table | None = None
+    rejected_images: pa.Table | None = None
 
 
 def prepare(
@@ -160,7 +165,21 @@ def prepare_source(
         dataset = prepare_tables(tables, options, options.name or name, engine, source=kind, report=tell)
         if options.engine != "duckdb":
             dataset = restore_types(dataset, raw)
-    return Preparation(dataset, raw.rejected)
+    if kind == "synthetic":  # pictures of our own drawing
+        return Preparation(dataset, raw.rejected)
+    return Preparation(*_with_checked_images(dataset, raw.rejected, tell))
+
+
+def _with_checked_images(
+    dataset: InteractionDataset, rejected: pa.Table | None, tell: Report
+) -> tuple[InteractionDataset, pa.Table | None, pa.Table | None]:
+    """The data set with sound images as bytes, the bad rows as they are, and the images left out."""
+    checked = check_images(dataset.items, tell)
+    if checked is None:
+        return dataset, rejected, None
+    counts, notes = {**dataset.meta.counts, **checked.counts}, (*dataset.meta.notes, checked.note)
+    meta = dataclasses.replace(dataset.meta, counts=counts, notes=notes)
+    return dataclasses.replace(dataset, items=checked.items, meta=meta), rejected, checked.rejected
 
 
 def _configured(reader: Source, options: Mapping[str, Any]) -> Source:

@@ -84,7 +84,7 @@ class Evaluator:
                 remedy="choose another split, or prepare the data set with a split rule that fills this one",
             )
         draws = protocol.seeds if protocol.num_candidates is not None else protocol.seeds[:1]
-        length = max(protocol.cuts)
+        length = max(*protocol.cuts, protocol.num_candidates or 0)
         jobs = [
             Job(recommender, dataset, drawn, protocol, Found.empty(len(drawn), length))
             for drawn in (with_drawn_candidates(dataset, examples, protocol, draw) for draw in draws)

@@ -102,6 +102,16 @@ def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
     return np.divide(won, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
 
 
+def list_auc(ranks: np.ndarray, num_ranked: np.ndarray) -> np.ndarray:
+    """[n] share of the other candidates that stand behind the target, ties by half: AUC of a list with one positive.
+
+    Args:
+        ranks: [n] rank of the target among the candidates, ties counted by half; NaN gives NaN.
+        num_ranked: [n] number of candidates.
+    """
+    return (num_ranked - ranks) / (num_ranked - 1)
+
+
 def user_auc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> np.ndarray:
     """[n] AUC within the user of each event, NaN where that user has one label; the mean of the others is GAUC."""
     values = np.full(len(users), np.nan)

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from llmrec.errors import CheckFailed, DataError, RecipeError
-from llmrec.evaluation.intervals import bootstrap_means
-from llmrec.evaluation.metrics import list_statistics
+from llmrec.evaluation.intervals import bootstrap_means, bootstrap_statistic
+from llmrec.evaluation.metrics import auc, list_statistics
 from llmrec.evaluation.protocol import SAMPLED_NOTE, EvalProtocol
-from llmrec.evaluation.tables import FORMAT_VERSION, VALID_RATIO, metric_values, split_metric, write_predictions
+from llmrec.evaluation.tables import AUC, FORMAT_VERSION, VALID_RATIO, metric_values, split_metric, write_predictions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,6 +102,10 @@ def summarise(
 ) -> dict[str, Estimate]:
     """All metrics of a table with 95% bootstrap intervals over users.
 
+    Where every candidate was scored there is also "auc", the mean over lists of the share of negatives behind the
+    target, and "pooled_auc" over the scores of all lists together, which also asks whether scores of different users
+    mean the same (MLLM-MSR, 7).
+
     Args:
         table: Per-user table.
         protocol: Gives the cuts.
@@ -113,6 +117,8 @@ def summarise(
     names = [f"{kind}@{k}" for k in protocol.cuts for kind in ("hr", "ndcg", "mrr") if protocol.mode == "score"]
     if protocol.mode == "generate":
         names = ["hr@1", VALID_RATIO]
+    scored = protocol.mode == "score" and _all_scored(table, protocol.num_candidates)
+    names += [AUC] if scored else []
     columns = [metric_values(table, name) for name in names]
     if exact is not None:
         names, columns = [*names, "exact_match"], [*columns, exact.astype(np.float64)]
@@ -120,9 +126,29 @@ def summarise(
     metrics: dict[str, Estimate] = {
         name: {**interval.to_dict()} for name, interval in zip(names, intervals, strict=True)
     }
+    if scored:
+        scores, labels, rows = _pooled(table)
+        pooled = bootstrap_statistic(lambda drawn: auc(scores, labels, drawn), users[rows], interval_seed)
+        metrics[f"pooled_{AUC}"] = {**pooled.to_dict()}
     if train_counts is not None and protocol.num_candidates is None and protocol.mode == "score":
         metrics |= _catalogue_metrics(table, protocol, users, train_counts, interval_seed)
     return metrics
+
+
+def _all_scored(table: pa.Table, size: int | None) -> bool:
+    """Whether every list of candidates is there as a whole, with its scores."""
+    if size is None or table.column("rank").null_count or not len(table):
+        return False
+    lengths = table.column("items").combine_chunks().value_lengths().to_numpy()
+    return bool((lengths == table.column("num_ranked").to_numpy()).all())
+
+
+def _pooled(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Score, label (1 = target) and row of every candidate of a table."""
+    items, scores = (table.column(name).combine_chunks() for name in ("items", "scores"))
+    rows = np.repeat(np.arange(len(table)), items.value_lengths().to_numpy())
+    labels = items.flatten().to_numpy() == table.column("target").to_numpy()[rows]
+    return scores.flatten().to_numpy(), labels.astype(np.int64), rows
 
 
 def _catalogue_metrics(
@@ -158,6 +184,8 @@ def check_metric(result: EvalResult, metric: str) -> None:
     size, protocol = result.protocol.num_candidates, result.protocol
     if protocol.mode == "generate" and metric not in ("hr@1", "recall@1", VALID_RATIO):
         raise RecipeError(f"{metric} is not defined for single answers; choose hr@1 or {VALID_RATIO}")
+    if kind == AUC and AUC not in result.metrics:
+        raise RecipeError(f"{AUC} is for lists of scored candidates; {result.name} was measured by {result.label}")
     if protocol.mode != "generate" and kind == VALID_RATIO:
         raise RecipeError(f"{VALID_RATIO} is for generated answers; {result.name} was measured by {result.measured}")
     if cut is not None and size is not None and protocol.mode == "score" and cut >= size:

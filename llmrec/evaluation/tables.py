@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluation.intervals import user_sums
-from llmrec.evaluation.metrics import hit_rate, ndcg, reciprocal_rank
+from llmrec.evaluation.metrics import hit_rate, list_auc, ndcg, reciprocal_rank
 
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
     }
 )
 RANK_METRICS = {"hr": hit_rate, "recall": hit_rate, "ndcg": ndcg, "mrr": reciprocal_rank}
-VALID_RATIO = "valid_ratio"
+VALID_RATIO, AUC = "valid_ratio", "auc"
 
 
 def write_predictions(table: pa.Table, path: Path, info: Mapping[str, Any]) -> None:
@@ -117,23 +117,26 @@ def _lists(items: np.ndarray, scores: np.ndarray) -> list[pa.Array]:
 
 
 def split_metric(name: str) -> tuple[str, int | None]:
-    """("ndcg", 10) from "ndcg@10"; ("valid_ratio", None).
+    """("ndcg", 10) from "ndcg@10"; ("valid_ratio", None); ("auc", None).
 
     Raises:
         RecipeError: No such per-user metric.
     """
     kind, _, cut = name.lower().partition("@")
-    if kind == VALID_RATIO and not cut:
+    if kind in (VALID_RATIO, AUC) and not cut:
         return kind, None
     if kind not in RANK_METRICS or not cut.isdigit() or int(cut) < 1:
         raise RecipeError(f"metric {name!r} is not known; expected {', '.join(RANK_METRICS)} with a cut (ndcg@10), "
-                          f"or {VALID_RATIO}")  # fmt: skip
+                          f"{AUC} or {VALID_RATIO}")  # fmt: skip
     return kind, int(cut)
 
 
 def metric_values(table: pa.Table, name: str) -> np.ndarray:
     """[n] values of a per-example metric from a per-user table."""
     kind, cut = split_metric(name)
+    if kind == AUC:
+        ranks = table.column("rank").to_numpy(zero_copy_only=False).astype(np.float64)
+        return list_auc(ranks, table.column("num_ranked").to_numpy())
     if cut is None:
         return (table.column("num_ranked").to_numpy() > 0).astype(np.float64)
     ranks = table.column("rank").to_numpy(zero_copy_only=False).astype(np.float64)

@@ -1,9 +1,10 @@
 """`LLMRecommender`: a language model, an item projector and a frozen sequence encoder as one recommender.
 
-Four styles share this base. `item_slots` (E4SRec's shape, `llmrec.llm.item_slots`) reads one projected vector per
+Five styles share this base. `item_slots` (E4SRec's shape, `llmrec.llm.item_slots`) reads one projected vector per
 history item and scores the item table at every position. `text` and `hybrid` (LLaRA's shape, `llmrec.llm.prompted`)
 write or score the title of the next item; hybrid prompts carry a projected vector behind each title. `item_codes`
-(LC-Rec's shape, `llmrec.llm.item_codes`) reads and writes items as short codes of added tokens.
+(LC-Rec's shape, `llmrec.llm.item_codes`) reads and writes items as short codes of added tokens. `yes_no` (MLLM-MSR's
+shape, `llmrec.llm.yes_no`) answers whether a user would like one item.
 
 The encoder provides item vectors, gates for instance-wise tuners and, if asked for, states. It is frozen: it stays in
 evaluation mode whatever `train()` says (dropout in it would be noise in the gates), and no gradient reaches it or the
@@ -29,7 +30,7 @@ from llmrec.llm.projector import ItemProjector, ProjectorKind, mean_token_norm
 if TYPE_CHECKING:
     from llmrec.data.schema import SequenceBatch
 
-Style = Literal["item_slots", "text", "hybrid", "item_codes"]
+Style = Literal["item_slots", "text", "hybrid", "item_codes", "yes_no"]
 SlotContent = Literal["item", "state", "both", "score"]
 
 
@@ -38,7 +39,7 @@ class RecommenderOptions:
     """How items enter and leave the language model.
 
     Args:
-        style: "item_slots", "text", "hybrid" or "item_codes".
+        style: "item_slots", "text", "hybrid", "item_codes" or "yes_no".
         max_history: The latest events shown.
         projector: "mlp" or "linear".
         slot_content: What an item's slot holds: the item-table row ("item"); in item_slots also the encoder's causal
@@ -90,7 +91,7 @@ class RecommenderOptions:
         dense = ("residual", "similarity", "item_bias", "learn_scale")
         worded = ("length_normalise", "max_new_tokens")
         coded = ("item_codes", "level_sizes", "tasks", "beams")
-        allowed = {"item_slots": ("instruction", *dense), "item_codes": ("instruction", *coded)}
+        allowed = {"item_slots": ("instruction", *dense), "item_codes": ("instruction", *coded), "yes_no": ()}
         own = allowed.get(self.style, worded)
         self._refuse([name for name in ("instruction", *dense, *worded, *coded) if name not in own])
         contents = {"item_slots": ("item", "state", "both"), "hybrid": ("item", "score")}.get(self.style, ("item",))
@@ -150,6 +151,7 @@ class LLMRecommender(nn.Module, ABC):
         renderer: Any = None,
         item_tokenizer: Any = None,
         titles: Sequence[str] | None = None,
+        pictures: Any = None,
         **options: Any,
     ) -> LLMRecommender:
         """The recommender of a style.
@@ -160,9 +162,10 @@ class LLMRecommender(nn.Module, ABC):
             item_table: [I+1, d_item] instead of the encoder's `item_vectors()`.
             tokenizer: Needed for instruction, text and hybrid.
             renderer: Writes prompts (`PromptEncoder`); text and hybrid need it to recommend, not to train. For tasks of
-                item_codes: `CodeTasks`.
+                item_codes: `CodeTasks`; for yes_no: `PairEncoder`.
             item_tokenizer: Codes of the items; item_codes only.
             titles: Text of every item, for the first values of added tokens; item_codes only.
+            pictures: Of the items, for yes_no questions that show them (`llmrec.llm.yes_no.Pictures`).
             **options: Fields of `RecommenderOptions`.
 
         Raises:
@@ -184,7 +187,7 @@ class LLMRecommender(nn.Module, ABC):
             if item_tokenizer is None:
                 raise RecipeError("prompt.style item_codes: found no item tokenizer; expected the one it speaks")
             return ItemCodeRecommender(model, chosen, item_tokenizer, encoder, tokenizer, titles, renderer)
-        if item_table is None and encoder is None and chosen.style == "text" and renderer is not None:
+        if item_table is None and encoder is None and chosen.style in ("text", "yes_no") and renderer is not None:
             item_table = torch.zeros(len(renderer.titles), 0)  # prompts of titles alone hold no item vectors
         if item_table is None:
             if encoder is None:
@@ -195,6 +198,10 @@ class LLMRecommender(nn.Module, ABC):
             from llmrec.llm.item_slots import ItemSlotRecommender
 
             return ItemSlotRecommender(model, item_table, chosen, encoder, tokenizer)
+        if chosen.style == "yes_no":
+            from llmrec.llm.yes_no import YesNoRecommender
+
+            return YesNoRecommender(model, item_table, chosen, encoder, tokenizer, renderer, pictures)
         from llmrec.llm.prompted import PromptRecommender
 
         return PromptRecommender(model, item_table, chosen, encoder, tokenizer, renderer=renderer)
@@ -284,6 +291,7 @@ class LLMRecommender(nn.Module, ABC):
         renderer: Any = None,
         titles: Sequence[str] | None = None,
         item_tokenizer: Any = None,
+        pictures: Any = None,
         is_trainable: bool = False,
     ) -> LLMRecommender:
         """Load what `save_pretrained` wrote.
@@ -297,6 +305,7 @@ class LLMRecommender(nn.Module, ABC):
             renderer: Writes prompts; text and hybrid can recommend with it only.
             titles: Text of every item, index = item id: makes the renderer the recommender was saved with.
             item_tokenizer: The item tokenizer it was trained with; item_codes only.
+            pictures: See `build`.
             is_trainable: Keep adapter and projector trainable.
 
         Raises:
@@ -306,7 +315,7 @@ class LLMRecommender(nn.Module, ABC):
 
         return load_recommender(
             Path(folder), base_model, encoder, item_table=item_table, tokenizer=tokenizer, renderer=renderer,
-            titles=titles, item_tokenizer=item_tokenizer, is_trainable=is_trainable,
+            titles=titles, item_tokenizer=item_tokenizer, pictures=pictures, is_trainable=is_trainable,
         )  # fmt: skip
 
     def restore(self, folder: str | Path) -> None:

@@ -90,16 +90,41 @@ def _rest(backbone: Backbone, prompts: Prefilled, tokens: Tensor, lengths: Tenso
     """[B, C]: log-probabilities of the tokens after the first."""
     rows, answers, _ = tokens.shape
     width = int(lengths.max())
-    given, asked = tokens[:, :, : width - 1].flatten(0, 1), tokens[:, :, 1:width].flatten(0, 1)
+    asked = tokens[:, :, 1:width].flatten(0, 1)
+    hidden = _continue(backbone, prompts, tokens[:, :, : width - 1])
+    wanted = torch.arange(1, width, device=tokens.device) < lengths.flatten()[:, None]
+    scores = hidden.new_zeros(asked.shape, dtype=torch.float32)
+    scores[wanted] = token_log_probs(backbone, hidden[wanted], asked[wanted])
+    return scores.sum(-1).view(rows, answers)
+
+
+def _continue(backbone: Backbone, prompts: Prefilled, tokens: Tensor) -> Tensor:
+    """[B * C, T, d_llm]: states after tokens [B, C, T] that stand behind the prompts."""
+    answers, given = tokens.shape[1], tokens.flatten(0, 1)
     cache = copy.deepcopy(prompts.cache)
     cache.batch_repeat_interleave(answers)
     past = prompts.mask.repeat_interleave(answers, dim=0)
     mask = torch.cat([past, past.new_ones(given.shape)], dim=1)
-    output = backbone(backbone.embed(given), mask, prompts.gates, past_key_values=cache, use_cache=True)
-    wanted = torch.arange(1, width, device=tokens.device) < lengths.flatten()[:, None]
-    scores = output.last_hidden_state.new_zeros(asked.shape, dtype=torch.float32)
-    scores[wanted] = token_log_probs(backbone, output.last_hidden_state[wanted], asked[wanted])
-    return scores.sum(-1).view(rows, answers)
+    call = {"past_key_values": cache, "use_cache": True}
+    return backbone(backbone.embed(given), mask, prompts.gates, **call).last_hidden_state
+
+
+@torch.no_grad()
+def last_states(backbone: Backbone, prompts: Prefilled, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """States after the last token of each continuation.
+
+    Args:
+        backbone: The language model.
+        prompts: From `prefill`.
+        tokens: [B, C, T] continuations, right padded.
+        lengths: [B, C] number of tokens, at least 1.
+
+    Returns:
+        [B, C, d_llm].
+    """
+    hidden = _continue(backbone, prompts, tokens)
+    ends = (lengths.flatten() - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+    return hidden.gather(1, ends).view(*lengths.shape, -1)
 
 
 def token_log_probs(backbone: Backbone, hidden: Tensor, tokens: Tensor) -> Tensor:

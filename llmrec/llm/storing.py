@@ -81,6 +81,7 @@ def load_recommender(
     renderer: Any,
     titles: Sequence[str] | None,
     item_tokenizer: Any,
+    pictures: Any = None,
     is_trainable: bool,
 ) -> LLMRecommender:
     """Put a saved recommender together; see `LLMRecommender.from_pretrained`."""
@@ -100,7 +101,9 @@ def load_recommender(
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, trust_remote_code=False)
-    if renderer is None and titles is not None and record["prompt"] is not None:
+    if record["options"]["style"] == "yes_no":
+        _check_questions(folder, record, renderer)
+    elif renderer is None and titles is not None and record["prompt"] is not None:
         from llmrec.data.prompt_encoder import PromptOptions
         from llmrec.llm.rendering import PromptRenderer
 
@@ -110,7 +113,7 @@ def load_recommender(
         renderer = _task_writer(record, item_tokenizer, base_model, tokenizer)
     recommender = LLMRecommender.build(
         model, encoder=encoder, item_table=item_table, tokenizer=tokenizer, renderer=renderer,
-        item_tokenizer=item_tokenizer, **record["options"],
+        item_tokenizer=item_tokenizer, pictures=pictures, **record["options"],
     )  # fmt: skip
     _check_items(folder, record, recommender.item_table)
     _load_projector(recommender, folder)
@@ -209,6 +212,16 @@ def _check_codes(folder: Path, record: dict[str, Any], item_tokenizer: Any) -> N
         raise CheckpointError(
             f"{folder} was trained on the item codes {expected or 'none'}, found the item codes {found or 'none'}; "
             "load the item tokenizer saved beside it"
+        )
+
+
+def _check_questions(folder: Path, record: dict[str, Any], renderer: Any) -> None:
+    """Questions show texts and summaries beside titles, so their writer is given and has to ask as before."""
+    found = None if renderer is None else json.loads(json.dumps(asdict(renderer.options)))
+    if found != record["prompt"]:
+        raise CheckpointError(
+            f"{folder} was trained on questions with the options {record['prompt']}, found {found or 'no renderer'}; "
+            "give the PairEncoder of the same recipe"
         )
 
 

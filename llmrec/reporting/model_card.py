@@ -165,6 +165,8 @@ def _what(recipe: Recipe, base: Mapping[str, Any]) -> str:
         "item_slots": "one vector per item of the history",
         "item_codes": "added tokens: the code of each item of the history",
         "text": "the titles of the history",
+        "yes_no": "a question about one candidate, with what is known of the user",
+        "describe": "pictures of items",
         "hybrid": "titles, each followed by an item vector",
     }[recipe.prompt.style]
     name = base.get("hub_id") or base.get("name") or recipe.llm.model

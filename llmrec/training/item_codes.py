@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,17 @@ import numpy as np
 
 from llmrec import discovery
 from llmrec.data.catalogue import check_item_index, item_index
+from llmrec.data.image_features import DESCRIPTORS, descriptor_level, image_level
 from llmrec.data.item_features import COLLABORATIVE, TEXT_TOKENS, collaborative_level, text_levels, token_level
+from llmrec.data.item_images import ItemImages
+from llmrec.data.schema import IMAGE
 from llmrec.downloads import cache_root
 from llmrec.errors import CheckpointError, DataError
 from llmrec.run_dir import write_json
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from llmrec.data.dataset import InteractionDataset
     from llmrec.data.schema import ItemFeatures
@@ -36,9 +40,10 @@ Say = Callable[[str], None]
 def make_item_features(
     spec: ItemFeaturesSpec, dataset: InteractionDataset, *, seed: int, device: torch.device | str = "cpu"
 ) -> ItemFeatures:
-    """The levels a recipe asks for: texts by a model, and item vectors of an encoder.
+    """The levels a recipe asks for: texts by a model, item vectors of an encoder, and pictures.
 
     Raises:
+        DataError: No item has a text at a level, or a picture where pictures are asked for.
         RecipeError: A template names a column the items lack.
         CheckpointError: The collaborative encoder was trained on another data set.
     """
@@ -54,7 +59,24 @@ def make_item_features(
     )
     if spec.collaborative is not None:
         levels[COLLABORATIVE] = _collaborative(spec, dataset, seed)
+    if spec.image is not None:
+        levels[IMAGE] = _pictures(spec, dataset, device)
     return levels
+
+
+def _pictures(
+    spec: ItemFeaturesSpec, dataset: InteractionDataset, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray]:
+    images, cache, name = ItemImages(dataset.items), cache_root() / "item-features", spec.image
+    assert name is not None
+    if name == DESCRIPTORS:
+        return descriptor_level(images, cache=cache)
+    from llmrec.llm.embed_image import embed_images, image_embedder_identity
+
+    def embed(pictures: Iterable[Image]) -> np.ndarray:
+        return embed_images(pictures, name, device=device, revision=spec.image_revision)
+
+    return image_level(images, embed, identity=image_embedder_identity(name, spec.image_revision), cache=cache)
 
 
 def make_text_tokens(spec: ItemFeaturesSpec, dataset: InteractionDataset) -> ItemFeatures:

@@ -22,7 +22,7 @@ from llmrec.data.dataset import InteractionDataset
 from llmrec.data.item_text import title_texts
 from llmrec.data.labels import event_labels, labelled_windows
 from llmrec.data.sequences import SequenceCollator, prefix_examples
-from llmrec.errors import CheckpointError, RecipeError
+from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.pointwise import rate_results
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
@@ -123,6 +123,10 @@ def run_recipe(
     run = Run(recipe, folder, dataset, say, resume, force)
     trained_on = {"dataset_fingerprint": dataset.fingerprint, "item_index": item_index(dataset)}
     folder.write_environment({"seed": recipe.seed, **trained_on})
+    if recipe.describes:
+        from llmrec.training.describing import run_describing
+
+        return run_describing(run)
     _make_encoder(run)
     _make_item_tokenizer(run)
     for number, stage in enumerate(recipe.stages, start=1):
@@ -218,6 +222,7 @@ def _make_encoder(run: Run) -> None:
         raise RecipeError(
             f"encoder {spec.type!r} would stay untrained: add a stage `train: encoder`, or encoder.pretrained: FOLDER"
         )
+    features = _item_features(run) if encoder_class.reads_item_features else {}
     torch.manual_seed(run.seed_of("encoder"))
     config = encoder_class.config_class(
         num_items=run.dataset.num_items,
@@ -226,7 +231,7 @@ def _make_encoder(run: Run) -> None:
         dataset_fingerprint=run.dataset.fingerprint,
         **spec.options,
     )
-    run.encoder = encoder_class.from_context(config, run.dataset.context()).to(run.device)
+    run.encoder = encoder_class.from_context(config, run.dataset.context(features)).to(run.device)
     if not encoder_class.trainable:
         run.encoder.save_pretrained(run.folder.encoder)
 
@@ -304,41 +309,56 @@ def _make_model(run: Run) -> None:
 
     recipe, prompt = run.recipe, run.recipe.prompt
     assert prompt is not None
-    model, tokenizer = load_base_model(recipe)
+    model, tokenizer, processor = load_base_model(recipe)
     rows = int(model.get_input_embeddings().weight.shape[0])
     torch.manual_seed(run.seed_of("tuner"))
     if recipe.tuner is not None:
         tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
         gate_dim = None if run.encoder is None else int(run.encoder.gate_dim)
-        model = tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=gate_dim))
+        given = dict(recipe.tuner.options)
+        if processor is not None and not (prompt.pairs is not None and prompt.pairs.tune_vision):
+            given["target_modules"] = _language_layers(model, given.get("target_modules"))
+        model = tuner.attach(model, tuner.configure(given, gate_dim=gate_dim))
     options: dict[str, Any] = {"style": prompt.style, "max_history": recipe.dataset.max_history}
     if prompt.style == "item_codes":
         options |= {"instruction": prompt.instruction, "tasks": tuple(sorted(prompt.tasks)), "beams": prompt.beams}
     elif prompt.style == "item_slots":
         names = ("projector", "slot_content", "residual", "instruction", "similarity", "item_bias", "learn_scale")
         options |= {name: getattr(prompt, name) for name in names}
-    else:
+    elif prompt.style != "yes_no":
         options |= {name: getattr(prompt, name) for name in ("projector", "curriculum")}
         options |= {"slot_content": prompt.slot_content} if prompt.style == "hybrid" else {}
     run.model = LLMRecommender.build(
         model,
         encoder=run.encoder,
         tokenizer=tokenizer,
-        renderer=_renderer(run, tokenizer, rows),
+        **_writers(run, tokenizer, processor, rows),
         **_codes(run),
         **options,
     ).to(run.device)
 
 
-def _renderer(run: Run, tokenizer: Any, rows: int) -> Any:
+def _language_layers(model: Any, names: Any) -> Any:
+    """Names of layers, or "all-linear", as a pattern that stays out of the vision tower; a pattern stays what it is."""
+    from llmrec.llm.vision import language_targets
+
+    if isinstance(names, str) and names != "all-linear":
+        return names
+    return language_targets(model, None if names is None or isinstance(names, str) else names)
+
+
+def _writers(run: Run, tokenizer: Any, processor: Any, rows: int) -> dict[str, Any]:
+    """What writes the prompts of a style in words, as `LLMRecommender.build` takes it."""
+    from llmrec.llm.rendering import PromptRenderer, question_parts
+
     prompt = run.recipe.prompt
     if prompt is not None and prompt.tasks:
-        return _code_tasks(run, tokenizer, rows)
+        return {"renderer": _code_tasks(run, tokenizer, rows)}
     if prompt is None or not prompt.reads_titles:
-        return None
-    from llmrec.llm.rendering import PromptRenderer
-
-    return PromptRenderer.from_recipe(run.recipe, run.dataset, tokenizer)
+        return {}
+    if prompt.style == "yes_no":
+        return question_parts(run.recipe, run.dataset, tokenizer, processor)
+    return {"renderer": PromptRenderer.from_recipe(run.recipe, run.dataset, tokenizer)}
 
 
 def _codes(run: Run) -> dict[str, Any]:
@@ -417,6 +437,8 @@ def _identity_text(recipe: Recipe, number: int) -> str:
         del record["item_features"]
     if record["prompt"] is not None and record["prompt"]["style"] != "item_codes":
         del record["prompt"]["tasks"], record["prompt"]["beams"]
+    if record["prompt"] is not None:  # only describing reads them, and it has no such stage
+        del record["prompt"]["answer"], record["prompt"]["held_out"], record["prompt"]["held_out_by"]
     record["stages"] = record["stages"][:number]
     return repr(sorted(record.items()))
 
@@ -437,7 +459,8 @@ def _prompted_data(run: Run, stage: StageSpec) -> tuple[Any, Any]:
         from llmrec.data.code_tasks import CodeTaskCollator
 
         return run.model.tasks, CodeTaskCollator(run.model.tokenizer)
-    return run.model.renderer.training_data(run.dataset, stage, seed=run.seed_of("prompts"))
+    source = run.model if run.recipe.prompt is not None and run.recipe.prompt.style == "yes_no" else run.model.renderer
+    return source.training_data(run.dataset, stage, seed=run.seed_of("prompts"))
 
 
 def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callable[[], dict[str, float]] | None:
@@ -446,7 +469,8 @@ def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callab
 
     if not np.any(run.dataset.split_codes == SPLITS.index("valid")):
         return None
-    dataset = _some_users(run.dataset, stage.eval_users, run.seed_of("validation"))
+    asked = run.dataset if stage.train == "encoder" else _asked_users(run, "valid")
+    dataset = _some_users(asked, stage.eval_users, run.seed_of("validation"))
     spec = run.recipe.evaluate
     cut = stage.metric.rpartition("@")[2]
     ks = sorted({*spec.ks, int(cut)}) if cut.isdigit() else spec.ks
@@ -462,6 +486,28 @@ def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callab
         return {name: float(result.metrics[name]["mean"]) for name in sorted(shown)}  # type: ignore[arg-type]
 
     return evaluate
+
+
+def _asked_users(run: Run, split: str) -> InteractionDataset:
+    """The users that can be asked about: where questions show summaries, those that have one in front of the split."""
+    known = getattr(getattr(run.model, "renderer", None), "preferences", None)
+    if known is None:
+        return run.dataset
+    examples = run.dataset.histories(split, 1)  # type: ignore[arg-type]
+    targets = zip(examples.users.tolist(), (examples.end - examples.first).tolist(), strict=True)
+    users = np.unique(examples.users[[target in known for target in targets]])
+    if not len(users):
+        raise DataError(
+            f"no user has a summary in front of split {split!r}",
+            expected="summaries of this split",
+            remedy=f"run `llmrec summarize` with --split {split} as well",
+        )
+    if len(users) == len(np.unique(examples.users)):
+        return run.dataset
+    keep = np.isin(run.dataset.column("user"), users)
+    return run.dataset.with_interactions(
+        run.dataset.interactions.filter(keep), f"{len(users):,} users with a summary in front of split {split}"
+    )
 
 
 def _some_users(dataset: InteractionDataset, count: int | None, seed: int) -> InteractionDataset:
@@ -494,7 +540,7 @@ def evaluate_run(run: Run, spec: EvaluateSpec, *, primary: bool = True) -> dict[
     """
     rule = {"label_rule": run.recipe.dataset.label} if spec.mode == "pointwise" else {}
     protocol = _protocol(spec, run.recipe.dataset.max_history, **rule)
-    dataset = _some_users(run.dataset, spec.max_users, run.recipe.seed)
+    dataset = _some_users(_asked_users(run, spec.split), spec.max_users, run.recipe.seed)
     evaluator = Evaluator(protocol, spec.batch_size, run.device)
     results: dict[str, EvalResult] = {}
     systems: dict[str, Any] = {}

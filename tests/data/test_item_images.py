@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec.data import item_images
-from llmrec.data.item_images import COLOURS, PATTERNS, SHAPES, ItemImages, decode_image, draw_item
+from llmrec.data.item_images import (
+    COLOURS,
+    FAULTS,
+    PATTERNS,
+    SHAPES,
+    BrokenImage,
+    ItemImages,
+    decode_image,
+    draw_item,
+    examine_image,
+    pixels,
+    read_image_file,
+)
 from llmrec.errors import DataError
+from tests.conftest import ROOT
+from tests.data.pictures import BLUE, BROKEN, RED, SOUND, animation, sixteen_bits, transparent, turned
 
 
 def test_drawing_is_deterministic_and_tells_attributes_apart():
@@ -60,13 +74,100 @@ def test_paths_stay_below_the_root(tmp_path: Path):
         ItemImages(pa.table({"image_path": paths}))
 
 
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_images_are_refused_with_a_reason_and_a_remedy(kind):
+    data, reason = BROKEN[kind]
+    for read in (decode_image, examine_image):
+        with pytest.raises(BrokenImage, match="poster (cannot be decoded|is too large)") as caught:
+            read(data, name="poster")
+        assert caught.value.reason == reason and caught.value.remedy == FAULTS[reason][1]
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_every_kind_of_image_becomes_rgb(kind):
+    data, traits = SOUND[kind]
+    image, facts = decode_image(data), examine_image(data)
+    assert image.mode == "RGB" and image.size == (facts.width, facts.height) and facts.traits == traits
+
+
 def test_size_is_checked_before_decoding():
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    with pytest.raises(DataError, match="too large|cannot be decoded"):
-        decode_image(bomb)
-    assert item_images.MAX_PIXELS < 30_000**2
+    """Neither memory nor time goes into the pixels of a bomb; the process stays below what they would take."""
+    assert item_images.MAX_PIXELS < 9_000**2
+    code = (
+        "import resource\nfrom llmrec.data.item_images import examine_image, BrokenImage\n"
+        "from tests.data.pictures import BROKEN, draw_item\nexamine_image(draw_item(0, 0, 0))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for kind in ('bomb', 'smaller bomb', 'webp bomb'):\n"
+        "    try:\n        examine_image(BROKEN[kind][0])\n"
+        "    except BrokenImage as error:\n        assert error.reason == 'too many pixels'\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 50_000, "kilobytes; the smallest of the three would take 240,000"
+
+
+def test_an_animation_is_its_first_frame():
+    for format in ("GIF", "WEBP"):
+        assert decode_image(animation(format)).getpixel((10, 10)) == pytest.approx(RED, abs=3)
+
+
+def test_transparent_parts_are_white_and_hidden_colours_stay_hidden():
+    image = decode_image(transparent())
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((10, 10)) == RED
+
+
+def test_a_photograph_is_turned_as_its_camera_says():
+    image = decode_image(turned())
+    assert image.size == (20, 40)
+    assert image.getpixel((10, 5)) == pytest.approx(RED, abs=6) and image.getpixel((10, 35)) == pytest.approx(
+        BLUE, abs=6
+    )
+
+
+def test_sixteen_bits_keep_their_brightness():
+    assert decode_image(sixteen_bits()).getpixel((4, 4)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "animated gif", "webp", "palette", "turned"])
+def test_changed_bytes_give_an_image_or_a_reason(kind):
+    """Whatever a decoder makes of damaged bytes, nothing but BrokenImage comes out."""
+    chance, whole = np.random.default_rng(1), SOUND[kind][0]
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in chance.integers(0, len(data), 6):
+            data[place] = chance.integers(256)
+        try:
+            assert examine_image(bytes(data)).width > 0
+        except BrokenImage as error:
+            assert error.reason in FAULTS
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "safe"
+    (root / "folder").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(draw_item(0, 0, 0))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "big.png").write_bytes(b"x" * 100)
+    monkeypatch.setattr(item_images, "MAX_BYTES", 99)
+    for path, reason in (
+        ("missing.png", "missing file"), ("folder", "not a file"), ("../secret.png", "outside the folder"),
+        (str(tmp_path / "secret.png"), "outside the folder"), ("link.png", "outside the folder"),
+        ("big.png", "too many bytes"), ("https://example.org/a.png", "web address"), ("data:,x", "web address"),
+        ("zero\0byte.png", "unreadable file"), ("x" * 5_000, "unreadable file"),
+    ):  # fmt: skip
+        with pytest.raises(BrokenImage) as caught:
+            read_image_file(root, path)
+        assert caught.value.reason == reason, path
+    with pytest.raises(BrokenImage):
+        read_image_file(root, "loop.png")
+    with pytest.raises(BrokenImage, match="too large"):
+        examine_image(b"x" * 100)
+
+
+def test_pixels_are_a_square():
+    assert pixels(decode_image(turned()), 12).shape == (12, 12, 3)
 
 
 def test_items_without_images():

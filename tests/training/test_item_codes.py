@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from llmrec.data.dataset import InteractionDataset
+from llmrec.data.image_features import WIDTH
+from llmrec.data.item_images import draw_item
 from llmrec.encoders.sasrec import SASRecConfig, SASRecEncoder
-from llmrec.errors import CheckpointError, RecipeError
+from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.item_tokenizers.base import ItemTokenizer
 from llmrec.item_tokenizers.rqkmeans import RQKMeans
 from llmrec.recipe import ItemFeaturesSpec, Recipe, parse_recipe
@@ -470,3 +473,75 @@ def test_tasks_need_titles() -> None:
         recipe.check_dataset(frozenset())
     recipe.check_dataset(frozenset({"titles"}))
     parse_recipe(language_model()).check_dataset(frozenset())
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def pictured(*pictures: bytes | None) -> InteractionDataset:
+    events = [(user, item, "train") for user in (1, 2) for item in range(1, len(pictures) + 1)]
+    return dataset_of(events, item_columns={"image": pa.array(pictures, pa.binary())})
+
+
+def test_pictures_are_one_more_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.training.item_codes.cache_root", lambda: tmp_path)
+    dataset = pictured(draw_item(0, 0, 0), None, draw_item(1, 1, 1))
+    found = make_item_features(spec(levels={}, image="descriptors"), dataset, seed=0)
+    assert list(found) == ["image"]
+    values, mask = found["image"]
+    assert values.shape == (4, WIDTH) and mask.tolist() == [False, True, False, True]
+    assert len(list((tmp_path / "item-features").glob("*.safetensors"))) == 1
+    with pytest.raises(DataError, match="the items have no images"):
+        make_item_features(spec(levels={}, image="descriptors"), shop(), seed=0)
+
+
+def test_pictures_are_embedded_by_the_named_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmrec.llm import embed_image
+
+    asked = []
+
+    def embedded(pictures: Any, model: str, **options: Any) -> np.ndarray:
+        asked.append((len(list(pictures)), model, options["revision"]))
+        return np.ones((2, 5))
+
+    monkeypatch.setattr(embed_image, "embed_images", embedded)
+    monkeypatch.setattr(embed_image, "image_embedder_identity", lambda name, revision: f"{name}@{revision}")
+    monkeypatch.setattr("llmrec.training.item_codes.cache_root", lambda: tmp_path)
+    dataset = pictured(draw_item(0, 0, 0), None, draw_item(1, 1, 1))
+    given = spec(levels={}, image="some/model", image_revision="r1")
+    for _ in range(2):
+        values, mask = make_item_features(given, dataset, seed=0)["image"]
+        assert values.tolist() == [[0] * 5, [1] * 5, [0] * 5, [1] * 5] and mask.tolist() == [False, True, False, True]
+    make_item_features(given.model_copy(update={"image_revision": "r2"}), dataset, seed=0)
+    assert asked == [(2, "some/model", "r1"), (2, "some/model", "r2")]
+
+
+def test_the_record_of_a_recipe_without_pictures_stays_what_it_was() -> None:
+    record = parse_recipe(raw()).model_dump(mode="json")["item_features"]
+    assert not {"image", "image_revision"} & set(record)
+    both = {"levels": {}, "image": "some/model", "image_revision": "r1"}
+    assert parse_recipe(raw(item_features=both)).model_dump(mode="json")["item_features"].items() >= both.items()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"image": "descriptors", "levels": {"image": "{title}"}}, "found a text level of that name"),
+        ({"image": "descriptors", "image_revision": "r1"}, "expected the hub id of a model"),
+        ({"image_revision": "r1"}, "image_revision: found image: null"),
+        ({"image": ""}, "item_features.image"),
+    ],
+)
+def test_picture_options_that_mean_nothing(features: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(raw(item_features=features))
+
+
+def test_codes_of_pictures_train_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.training.item_codes.cache_root", lambda: tmp_path / "cache")
+    recipe = raw(item_features={"levels": {}, "image": "descriptors"})
+    recipe["dataset"]["options"] |= {"images": True, "visual_taste": 0.8}
+    record, said = run(recipe, tmp_path / "run")
+    assert "tiger" in record["models"] and any(line.startswith("item codes: rqkmeans") for line in said)
+    fit = json.loads((tmp_path / "run" / "item_tokenizer" / "fit.json").read_text())
+    assert list(fit["levels"]) == ["image"]

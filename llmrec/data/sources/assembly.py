@@ -12,6 +12,7 @@ import ibis
 import pyarrow as pa
 from ibis import _
 
+from llmrec.data.item_images import IMAGE_FILE, IMAGE_PATH
 from llmrec.data.schema import BRAND, CATEGORIES, DESCRIPTION, IMAGE, LABEL, ORDER, RATING, SPLIT, TIMESTAMP, TITLE
 from llmrec.data.sources import columns as roles
 from llmrec.data.sources import rows
@@ -19,10 +20,10 @@ from llmrec.data.sources.base import RawTables, ReadOptions
 from llmrec.data.sources.reading import ROW, RawFile
 from llmrec.errors import DataError
 
-USER_KEY, ITEM_KEY, SOURCE_ROW, IMAGE_PATH = "user_key", "item_key", "source_row", "image_path"
+USER_KEY, ITEM_KEY, SOURCE_ROW = "user_key", "item_key", "source_row"
 _RESERVED = {
     USER_KEY, ITEM_KEY, SOURCE_ROW, TIMESTAMP, ORDER, RATING, LABEL, SPLIT, TITLE, DESCRIPTION, CATEGORIES, BRAND,
-    IMAGE, IMAGE_PATH, "user", "item", "key",
+    IMAGE, IMAGE_PATH, IMAGE_FILE, "user", "item", "key",
 }  # fmt: skip
 _SPLIT_NAMES = (("val", "valid"), ("validation", "valid"), ("dev", "valid"), ("training", "train"), ("testing", "test"))
 _SECONDS_AHEAD = 86_400
@@ -192,11 +193,25 @@ def _item_fields(columns: Mapping[str, ibis.Column], separator: str) -> dict[str
             fields[role] = rows.as_sentence(column)
         elif role == CATEGORIES:
             fields[role] = rows.as_list(column, separator)
-        elif role == IMAGE and column.type().is_binary():
-            fields[role] = column
-        elif role == IMAGE:
-            fields[IMAGE_PATH] = column.cast("string")
     return fields
+
+
+def _image_fields(column: ibis.Column, file: Path) -> dict[str, ibis.Value]:
+    """An image column of bytes, of paths, or of both as records {bytes, path}, beside the file it stands in.
+
+    The file says below which folder a path must lie, also where item files of several folders are joined.
+    """
+    kind = column.type()
+    if kind.is_struct() and "bytes" in kind.names:
+        data = column["bytes"]
+        path = column["path"] if "path" in kind.names else ibis.null("string")
+        fields = {IMAGE: data, IMAGE_PATH: ibis.cases((data.isnull(), path), else_=ibis.null("string"))}
+    elif kind.is_binary():
+        fields = {IMAGE: column}
+    else:
+        fields = {IMAGE_PATH: column.cast("string").strip().nullif("")}
+    given = ibis.or_(*(value.notnull() for value in fields.values()))
+    return {**fields, IMAGE_FILE: ibis.cases((given, str(file)), else_=ibis.null("string"))}
 
 
 def read_items(
@@ -210,6 +225,8 @@ def read_items(
     found = roles.sniff_columns(raw.names, roles.ITEM_ROLES, overrides)
     roles.require(found, ("item",), {}, file=raw.path, names=raw.names)
     fields = _item_fields({role: raw.column(name) for role, name in found.items()}, separator)
+    if IMAGE in found:
+        fields |= _image_fields(raw.column(found[IMAGE]), raw.path)
     part = _read_entities(connection, raw, ITEM_KEY, found["item"], fields, set(found.values()), options)
     return replace(part, columns={role: name for role, name in found.items() if role != "item"})
 
