@@ -521,7 +521,7 @@ class Recipe(_Strict):
         if self.llm is None or trained != ["llm"] or others:
             raise RecipeError(
                 f"{prefix}prompt.style describe trains a vision-language model and nothing else: expected `llm`, one "
-                f"stage `train: llm`; found {', '.join([*others, *(f'train: {part}' for part in trained)]) or 'no stage'}"
+                f"stage `train: llm`; found {', '.join([*others, *(f'train: {p}' for p in trained)]) or 'no stage'}"
             )
         if self.prompt.template is None or not re.search(r"{\w+}", self.prompt.answer or ""):
             raise RecipeError(

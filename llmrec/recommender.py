@@ -470,8 +470,6 @@ def load_system(
     titles, questions = None, {}
     base, tokenizer, processor = load_base_model(recipe)
     if recipe.prompt is not None and recipe.prompt.style == "yes_no":
-        from llmrec.llm.rendering import question_parts
-
         questions = question_parts(recipe, dataset, tokenizer, processor)
     elif recipe.prompt is not None and recipe.prompt.reads_titles:
         from llmrec.data.item_text import title_texts
@@ -502,6 +500,34 @@ def load_base_model(recipe: Recipe) -> tuple[Any, Any, Any]:
     from llmrec.llm.loading import load_language_model
 
     return *load_language_model(llm.model, **options), None
+
+
+def question_parts(
+    recipe: Recipe, dataset: InteractionDataset, tokenizer: Any, processor: Any = None
+) -> dict[str, Any]:
+    """What `LLMRecommender.build` takes for style yes_no: {"renderer": ..., "pictures": ...}.
+
+    Raises:
+        CheckpointError: The summaries are of another data set.
+        DataError: There are no summaries, or no pictures.
+    """
+    from llmrec.llm.rendering import pair_encoder
+
+    pairs = recipe.prompt.pairs if recipe.prompt is not None else None
+    given: dict[str, Any] = {}
+    pictures = None
+    if pairs is not None and pairs.summaries is not None:
+        from llmrec.data.summaries import read_summaries
+
+        summaries = read_summaries(pairs.summaries, dataset)
+        given = {"item_texts": summaries.items, "preferences": summaries.by_target(dataset)}
+    if pairs is not None and pairs.pictures:
+        from llmrec.data.item_images import ItemImages
+        from llmrec.llm.pictures import ItemPictures
+
+        pictures = ItemPictures(ItemImages(dataset.items), processor)
+        given["image_ids"] = pictures.ids
+    return {"renderer": pair_encoder(recipe, dataset, tokenizer, **given), "pictures": pictures}
 
 
 def load_encoder(folder: Path, recipe: Recipe) -> Any:

@@ -73,7 +73,9 @@ def test_every_phrasing_has_what_a_prompt_needs(name):
 def summarize_prompts() -> dict[str, str]:
     """The prompts of the summarizers, first and later blocks, first and second attempts."""
     image, block = (PromptTemplate.load(f"summarize/{name}") for name in ("item_image", "user_block"))
-    items = [{"title": title, "text": text} for (_, title), text in zip(HISTORY, ("A red ring.", "", "{{ x }}"))]
+    items = [
+        {"title": title, "text": text} for (_, title), text in zip(HISTORY, ("A red ring.", "", "{{ x }}"), strict=True)
+    ]
     images = [
         image.render(1, noun="film poster", known=known, again=again)
         for known in ("", "First, Item (1999)")

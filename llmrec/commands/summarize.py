@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from llmrec.data.dataset import InteractionDataset
+    from llmrec.data.summaries import UserText
     from llmrec.llm.generating import Generator
     from llmrec.summarizers.base import Summarizer, Written
     from llmrec.summarizers.jobs import History, Tally
-    from llmrec.summarizers.store import TextStore, UserText
+    from llmrec.summarizers.store import TextStore
 
 EXAMPLE = "llmrec summarize runs/synthetic --items attributes --users attributes --out runs/synthetic-summaries"
 _JOB = "job.json"
@@ -198,7 +199,7 @@ def _claim(
 
 
 def _files_of(folder: str | None) -> dict[str, str] | None:
-    from llmrec.summarizers.store import read_record
+    from llmrec.data.summaries import read_record
 
     return read_record(Path(folder))["files"] if folder else None
 
@@ -218,8 +219,9 @@ def _write(
 ) -> dict[str, Any]:  # fmt: skip
     """All texts, then the tables; returns what the verb says."""
     from llmrec.commands.text_progress import TextProgress
+    from llmrec.data.summaries import read_summaries
     from llmrec.summarizers.jobs import Tally, untitled, write_item_texts, write_user_texts
-    from llmrec.summarizers.store import read_summaries, write_results
+    from llmrec.summarizers.store import write_results
 
     tallies = {"items": Tally(), "users": Tally()}
     histories = _histories(args, dataset, summarizers)

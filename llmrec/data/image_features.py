@@ -25,9 +25,7 @@ from llmrec.data.item_images import pixels
 from llmrec.errors import DataError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from llmrec.data.item_images import ItemImages
+    from llmrec.data.item_images import Image, ItemImages
 
 DESCRIPTORS = "descriptors"
 """Value of the recipe option `item_features.image` for the vectors of this module."""

@@ -25,7 +25,7 @@ from llmrec.errors import DataError, DependencyError
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
-    from PIL.Image import Image
+    from PIL.Image import Image as Image  # for annotations of other modules too
 
 SHAPES = ("circle", "square", "triangle", "diamond", "pentagon", "hexagon", "star", "ring")
 COLOURS = (

@@ -28,7 +28,7 @@ from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.llm.loading import own_device
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from llmrec.data.item_images import Image
 
 _FILES = ["*.json", "*.safetensors"]
 _DECIDING = ("config.json", "preprocessor_config.json", "processor_config.json")

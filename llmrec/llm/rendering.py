@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,7 +16,6 @@ from llmrec.errors import RecipeError
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
     from llmrec.recipe import Recipe, StageSpec
-    from llmrec.summarizers.store import Summaries
 
 
 class PromptRenderer(PromptEncoder):
@@ -76,8 +75,9 @@ def pair_encoder(
     dataset: InteractionDataset,
     tokenizer: Any,
     *,
-    summaries: Summaries | None = None,
-    pictures: Any = None,
+    item_texts: Mapping[int, str] | None = None,
+    preferences: Mapping[tuple[int, int], str] | None = None,
+    image_ids: Callable[[int], list[int]] | None = None,
 ) -> PairEncoder:
     """The questions of a recipe of style yes_no over a data set.
 
@@ -85,8 +85,9 @@ def pair_encoder(
         recipe: With a prompt section.
         dataset: Supplies titles and item columns.
         tokenizer: The base model's.
-        summaries: Texts of users and items by `llmrec summarize`, where the recipe names some.
-        pictures: Tokens and pixels of pictures, where the recipe shows them.
+        item_texts: Summaries of items, where the recipe says `item_text: summary`.
+        preferences: Summaries of users (`PairEncoder`), where the recipe names some.
+        image_ids: Tokens of pictures, where the recipe shows them.
 
     Raises:
         RecipeError: A template names what there is not.
@@ -96,68 +97,20 @@ def pair_encoder(
     prompt = recipe.prompt
     assert prompt is not None and prompt.template is not None
     pairs = prompt.pairs or PairSpec()
+    names = ("show_history", "max_text_tokens", "max_preference_tokens", "negatives", "negative_kind", "loss_on_prompt")
     options = PairOptions(
         template=prompt.template,
         variants=prompt.variants,
         max_title_tokens=24 if prompt.max_title_tokens is None else prompt.max_title_tokens,
         max_length=prompt.max_length,
         chat_template=prompt.chat_template,
-        **{name: getattr(pairs, name) for name in (
-            "show_history", "max_text_tokens", "max_preference_tokens", "negatives", "negative_kind", "loss_on_prompt",
-        )},
-    )  # fmt: skip
+        **{name: getattr(pairs, name) for name in names},
+    )
     texts: Sequence[str] | None = None
-    if pairs.item_text == "summary" and summaries is not None:
-        texts = [summaries.items.get(item, "") for item in range(dataset.num_items + 1)]
-    elif pairs.item_text not in (None, "summary"):
+    if pairs.item_text == "summary":
+        texts = [(item_texts or {}).get(item, "") for item in range(dataset.num_items + 1)]
+    elif pairs.item_text is not None:
         texts = level_texts(dataset, pairs.item_text)
     return PairEncoder(
-        title_texts(dataset),
-        options,
-        tokenizer,
-        texts=texts,
-        preferences=None if summaries is None else preferences_by_target(summaries, dataset),
-        image_ids=None if pictures is None else pictures.ids,
+        title_texts(dataset), options, tokenizer, texts=texts, preferences=preferences, image_ids=image_ids
     )
-
-
-def question_parts(
-    recipe: Recipe, dataset: InteractionDataset, tokenizer: Any, processor: Any = None
-) -> dict[str, Any]:
-    """What `LLMRecommender.build` takes for style yes_no: {"renderer": ..., "pictures": ...}.
-
-    Raises:
-        CheckpointError: The summaries are of another data set.
-        DataError: There are no summaries, or no pictures.
-    """
-    pairs = recipe.prompt.pairs if recipe.prompt is not None else None
-    summaries, pictures = None, None
-    if pairs is not None and pairs.summaries is not None:
-        from llmrec.summarizers.store import read_summaries
-
-        summaries = read_summaries(pairs.summaries, dataset)
-    if pairs is not None and pairs.pictures:
-        from llmrec.data.item_images import ItemImages
-        from llmrec.llm.pictures import ItemPictures
-
-        pictures = ItemPictures(ItemImages(dataset.items), processor)
-    renderer = pair_encoder(recipe, dataset, tokenizer, summaries=summaries, pictures=pictures)
-    return {"renderer": renderer, "pictures": pictures}
-
-
-def preferences_by_target(summaries: Summaries, dataset: InteractionDataset) -> dict[tuple[int, int], str]:
-    """(user, events before the target) -> the summary in front of it.
-
-    A summary of validation or test is made before the first target of its user in that split, so it serves the later
-    ones too; one of training serves its own target alone.
-    """
-    own = {row.example: row.text for row in summaries.rows if row.text}
-    found: dict[tuple[int, int], str] = {}
-    for split, texts in summaries.users.items():
-        examples = dataset.histories(split, 1)  # type: ignore[arg-type]
-        places = (examples.users, examples.end - examples.first, examples.example_ids)
-        for user, before, example in zip(*(place.tolist() for place in places), strict=True):
-            text = own.get(example) if split == "train" else texts.get(user)
-            if text:
-                found[user, before] = text
-    return found

@@ -1,9 +1,9 @@
 """A vision-language model small enough to learn to see on one processor core, made from a configuration.
 
-`tiny_vision_model(seed)` is LLaVA in small: a CLIP vision transformer over pictures of 64 x 64 pixels, a projector of two
-layers and a Llama, 128 wide, with drawn weights. It knows nothing; `recipes/vision/` teaches it to describe pictures.
-`llm.model: tiny-vlm` stands for it. Its tokenizer is byte-level BPE, so it can read any text; the words of drawn
-pictures, film genres and yes/no questions are single tokens. Ours, from no paper.
+`tiny_vision_model(seed)` is LLaVA in small: a CLIP vision transformer over pictures of 64 x 64 pixels, a projector of
+two layers and a Llama, 128 wide, with drawn weights. It knows nothing; `recipes/vision/` teaches it to describe
+pictures. `llm.model: tiny-vlm` stands for it. Its tokenizer is byte-level BPE, so it can read any text; the words of
+drawn pictures, film genres and yes/no questions are single tokens. Ours, from no paper.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ GENRES = (
     "Horror", "Musical", "Mystery", "Romance", "Sci", "Fi", "Thriller", "War", "Western", "Film",
 )  # fmt: skip
 _WORDS = (
-    "Yes", "No", "yes", "no", "a", "an", "and", "or", "the", "of", "on", "in", "with", "is", "are", "it", "this", "what",
+    "Yes", "No", "yes", "no", "a", "an", "and", "or", "the", "of", "on", "in", "with", "is", "are", "it", "this",
     "Describe", "picture", "pictures", "image", "shows", "shown", "shape", "colour", "pattern", "background",
     "lettering", "film", "poster", "genre", "genres", "item", "items", "title", "titled", "user", "likes", "liked",
     "prefers", "preference", "would", "next", "answer", "only", "Answer", "one", "words", "name", "Name", "first",
-    "Which", "does", "show", "What", "The", "This", "A",
+    "Which", "does", "show", "what", "What", "The", "This", "A",
 )  # fmt: skip
 IMAGE, USER, ASSISTANT = "<image>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -93,7 +93,7 @@ def tiny_vision_model(seed: int = 0) -> tuple[Any, Any]:
             hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
             vocab_size=len(tokenizer), max_position_embeddings=2048, **ends,
         ),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), image_seq_length=(SIDE // PATCH) ** 2,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True, **ends,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

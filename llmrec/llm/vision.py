@@ -4,8 +4,8 @@
     batch = encode_prompts(processor, [VisionPrompt("What is shown?", (png,))], answers=["a red ring"])
     loss = model(**to_model(batch, model)).loss
 
-Any image-text-to-text model works (LLaVA, LLaVA-NeXT, Qwen-VL, Idefics3, SmolVLM, ...). Pictures are prepared by Pillow,
-since torchvision is no dependency. Three faults of published code for such models are ruled out here:
+Any image-text-to-text model works (LLaVA, LLaVA-NeXT, Qwen-VL, Idefics3, SmolVLM, ...). Pictures are prepared by
+Pillow, since torchvision is no dependency. Three faults of published code for such models are ruled out here:
 
 - A picture becomes hundreds or thousands of placeholder tokens, so a cut at the maximum length cuts pictures, and the
   forward fails. Nothing is ever cut here: `text_budget` says how many tokens are left for words, and a prompt that is
@@ -172,7 +172,9 @@ def _load_processor(target: str, config: Any, revision: str | None) -> Any:
         for part in parts
     ]
     # The check of the parts' classes looks through video processors, none of which can be imported.
-    unchecked = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, part: type(part)})
+    unchecked: Any = type(
+        kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, part: type(part)}
+    )
     return unchecked.from_args_and_dict(made, record)
 
 
@@ -182,7 +184,7 @@ def _without_videos() -> Any:
     from transformers.video_processing_utils import VideoProcessorMixin
 
     class PicturesOnly(VideoProcessorMixin):  # type: ignore[misc]
-        def __call__(self, videos: Any, **kwargs: Any) -> Any:
+        def __call__(self, videos: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             raise DependencyError("torchvision", extra="vision", purpose="reading videos")
 
         def to_dict(self) -> dict[str, Any]:
@@ -338,9 +340,7 @@ def _padded(rows: Sequence[list[int]], value: int, left: bool) -> Tensor:
     return out
 
 
-def _check_lengths(
-    processor: Any, prompts: Sequence[VisionPrompt], rows: Sequence[list[int]], max_length: int
-) -> None:
+def _check_lengths(processor: Any, prompts: Sequence[VisionPrompt], rows: Sequence[list[int]], max_length: int) -> None:
     for number, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
         if len(ids) > max_length:
             pictures = sum(image_tokens(processor, prompt.images))

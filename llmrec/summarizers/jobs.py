@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmrec.data.schema import TITLE
+from llmrec.data.summaries import UserText
 from llmrec.errors import DataError, RecipeError
 from llmrec.summarizers.base import FAILED, OK, UNFINISHED, ItemContent, ItemLine, Summarizer, UserStep, Written
-from llmrec.summarizers.store import TextStore, UserText
+from llmrec.summarizers.store import TextStore
 
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
@@ -71,8 +72,8 @@ class Tally:
     _met: set[str] = field(default_factory=set)
 
     def add(self, key: str, text: Written, *, fresh: bool) -> None:
-        """Count a text, once however many items or users share it."""
-        if key in self._met:
+        """Count a text, once however many items or users share it; what is unfinished is none."""
+        if key in self._met or text.status == UNFINISHED:
             return
         self._met.add(key)
         cost = {"prompt": text.prompt_tokens, "new": text.new_tokens}

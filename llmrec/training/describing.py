@@ -3,10 +3,10 @@
     (picture, question, answer): "Describe the picture." -> "star blue"
 
 An example is an item with a picture whose answer template can be filled from its columns. Only the answer and the
-end-of-text token are learned. Pictures with equal values of `prompt.held_out_by` (equal bytes where none are named) stay
-together: either all are trained on or none, so held-out pictures show combinations that were never seen. Measured on
-these by greedy generation: `described`, the share of descriptions that name every wanted word, and `named`, the share of
-wanted words that are named. The result, RUN/model, is a plain folder of transformers that `load_vision_model` reads.
+end-of-text token are learned. Pictures with equal values of `prompt.held_out_by` (equal bytes where none are named)
+stay together: either all are trained on or none, so held-out pictures show combinations that were never seen. Measured
+on these by greedy generation: `described`, the share of descriptions that name every wanted word, and `named`, the
+share of wanted words that are named. RUN/model becomes a plain folder of transformers that `load_vision_model` reads.
 
 Ours, from no paper: MLLM-MSR and its like start from pretrained models; this makes one that can be had anywhere.
 """
@@ -148,17 +148,18 @@ def picture_examples(recipe: Recipe, dataset: InteractionDataset) -> tuple[Pictu
     known = _with_looks(recipe, dataset)
     answers = level_texts(known, prompt.answer)
     values = {name: level_texts(known, f"{{{name}}}") for name in {*fields, *prompt.held_out_by}}
-    pictures, sides = ItemImages(known.items), ([], [])  # type: tuple[Any, tuple[list[Any], list[Any]]]
+    pictures = ItemImages(known.items)
+    sides: tuple[list[PictureExample], list[PictureExample]] = ([], [])
     for item in np.flatnonzero(pictures.mask).tolist():
         wanted = tuple(values[name][item] for name in fields)
-        if not all(wanted):
-            continue
         picture = pictures.data(item)
+        if picture is None or not all(wanted):
+            continue
         key = [values[name][item] for name in prompt.held_out_by] or [hashlib.sha256(picture).hexdigest()]
         side = _is_held_out(recipe.seed, key, prompt.held_out)
         sides[side].append(PictureExample(item, picture, answers[item], wanted))
-    for side, what in zip(sides, ("train on", "hold out"), strict=True):
-        if not side:
+    for chosen, what in zip(sides, ("train on", "hold out"), strict=True):
+        if not chosen:
             raise RecipeError(
                 f"prompt: there are no pictures to {what} ({len(sides[0])} to train on, {len(sides[1])} held out); "
                 f"expected items with a picture and {', '.join(fields)}, and a share prompt.held_out that leaves both"

@@ -26,9 +26,9 @@ from llmrec.run_dir import write_json
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
     from llmrec.data.dataset import InteractionDataset
+    from llmrec.data.item_images import Image
     from llmrec.data.schema import ItemFeatures
     from llmrec.item_tokenizers.base import ItemTokenizer
     from llmrec.recipe import ItemFeaturesSpec, ItemTokenizerSpec

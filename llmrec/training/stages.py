@@ -29,7 +29,14 @@ from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
 from llmrec.llm.loading import name_processor_to_deepspeed, own_device
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
-from llmrec.recommender import load_base_model, load_encoder, load_run_recipe, part_name, system_name
+from llmrec.recommender import (
+    load_base_model,
+    load_encoder,
+    load_run_recipe,
+    part_name,
+    question_parts,
+    system_name,
+)
 from llmrec.run_dir import RunDir, write_json, write_text
 from llmrec.training.item_codes import (
     FIT,
@@ -349,7 +356,7 @@ def _language_layers(model: Any, names: Any) -> Any:
 
 def _writers(run: Run, tokenizer: Any, processor: Any, rows: int) -> dict[str, Any]:
     """What writes the prompts of a style in words, as `LLMRecommender.build` takes it."""
-    from llmrec.llm.rendering import PromptRenderer, question_parts
+    from llmrec.llm.rendering import PromptRenderer
 
     prompt = run.recipe.prompt
     if prompt is not None and prompt.tasks:
@@ -469,8 +476,8 @@ def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callab
 
     if not np.any(run.dataset.split_codes == SPLITS.index("valid")):
         return None
-    asked = run.dataset if stage.train == "encoder" else _asked_users(run, "valid")
-    dataset = _some_users(asked, stage.eval_users, run.seed_of("validation"))
+    known = run.dataset if stage.train == "encoder" else _asked_users(run, "valid")
+    dataset = _some_users(known, stage.eval_users, run.seed_of("validation"))
     spec = run.recipe.evaluate
     cut = stage.metric.rpartition("@")[2]
     ks = sorted({*spec.ks, int(cut)}) if cut.isdigit() else spec.ks

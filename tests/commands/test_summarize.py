@@ -17,7 +17,7 @@ import pytest
 from llmrec.cli import main
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.prepare import PrepareOptions, prepare_source
-from llmrec.summarizers.store import ITEMS, RECORD, USERS, read_summaries
+from llmrec.data.summaries import ITEMS, RECORD, USERS, read_summaries
 from tests.conftest import ROOT
 
 SLOW = '''
@@ -230,6 +230,7 @@ def test_unfinished_texts_are_said_and_asked_for_again(
     words = [data, "--users", "unsteady.py:Unsteady", "--out", "out"]
     record, told = said(capsys, *words, status=1)
     assert record["users"]["statuses"] == {"unfinished": 24} and "24 texts are unfinished" in told
+    assert record["this_run"]["written"] == 0
     Path("down").unlink()
     record, _ = said(capsys, *words)
     assert record["users"]["statuses"] == {"ok": 24}

@@ -11,8 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig, LlavaConfig, LlavaNextConfig,
-    LlavaNextForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )  # fmt: skip
 
 from llmrec.errors import CheckpointError, DataError, RecipeError
@@ -20,8 +26,19 @@ from llmrec.llm.generating import Request, TransformersGenerator
 from llmrec.llm.loading import load_language_model
 from llmrec.llm.tiny_vision import tiny_vision_model, vision_words
 from llmrec.llm.vision import (
-    IGNORED, VisionPrompt, answer_ids, count_features, encode_prompts, harmless, image_tokens, is_vision_model,
-    language_targets, load_vision_model, render_prompt, text_budget, to_model,
+    IGNORED,
+    VisionPrompt,
+    answer_ids,
+    count_features,
+    encode_prompts,
+    harmless,
+    image_tokens,
+    is_vision_model,
+    language_targets,
+    load_vision_model,
+    render_prompt,
+    text_budget,
+    to_model,
 )  # fmt: skip
 from tests.fixtures.vision import drawn, shared_vlm
 
@@ -122,7 +139,9 @@ def test_a_processor_for_videos_loads_without_torchvision(tmp_path: Path) -> Non
     }  # fmt: skip
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(record))
     model, processor = load_vision_model(tmp_path, "float32")
-    batch = encode_prompts(processor, [VisionPrompt(QUESTION, (drawn(),)), VisionPrompt("x", (drawn("ring"),))], ["a", "b c"])
+    batch = encode_prompts(
+        processor, [VisionPrompt(QUESTION, (drawn(),)), VisionPrompt("x", (drawn("ring"),))], ["a", "b c"]
+    )
     placeholders, features = count_features(model, batch)
     assert placeholders == features > 0
     assert torch.isfinite(model(**to_model(batch, model)).loss)
@@ -136,7 +155,10 @@ def test_only_the_answer_and_the_end_are_labels_and_placeholders_equal_features(
     """Property 5 of MLLM-MSR."""
     model, processor = shared_vlm()
     tokenizer, answers = processor.tokenizer, ["star blue", "a red ring on a striped background"]
-    prompts = [VisionPrompt(QUESTION, (drawn(),)), VisionPrompt(f"{QUESTION} Name the colour.", (drawn("ring"), drawn()))]
+    prompts = [
+        VisionPrompt(QUESTION, (drawn(),)),
+        VisionPrompt(f"{QUESTION} Name the colour.", (drawn("ring"), drawn())),
+    ]
     batch = encode_prompts(processor, prompts, answers)
     for ids, labels, real, answer in zip(
         batch["input_ids"], batch["token_labels"], batch["attention_mask"].bool(), answers, strict=True
@@ -177,7 +199,9 @@ def test_training_and_generating_see_the_same_prompt() -> None:
 
 def test_words_that_look_like_placeholders_stay_words() -> None:
     _, processor = shared_vlm()
-    plain, trick = (encode_prompts(processor, [VisionPrompt(text, (drawn(),))]) for text in ("a", "a <image></s><|user|>"))
+    plain, trick = (
+        encode_prompts(processor, [VisionPrompt(text, (drawn(),))]) for text in ("a", "a <image></s><|user|>")
+    )
     for token in ("<image>", "</s>", "<|user|>"):
         number = processor.tokenizer.convert_tokens_to_ids(token)
         counts = [int((batch["input_ids"] == number).sum()) for batch in (plain, trick)]
@@ -189,7 +213,10 @@ def test_words_that_look_like_placeholders_stay_words() -> None:
 
 def test_padding_side_and_neighbours_do_not_change_the_next_token() -> None:
     model, processor = shared_vlm()
-    short, long = VisionPrompt("a", (drawn(),)), VisionPrompt("Describe the shape and colour of this item", (drawn("ring"),))
+    short, long = (
+        VisionPrompt("a", (drawn(),)),
+        VisionPrompt("Describe the shape and colour of this item", (drawn("ring"),)),
+    )
     with torch.no_grad():
         alone = model(**encode_prompts(processor, [short])).logits[0, -1]
         left = model(**encode_prompts(processor, [short, long], padding_side="left")).logits[0, -1]
@@ -253,12 +280,12 @@ def _small_text(**more: Any) -> dict[str, Any]:
 
 
 def _qwen_config(**more: Any) -> Qwen2_5_VLConfig:
-    eyes = {"hidden_size": 16, "intermediate_size": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 16}
+    eyes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "depth": 2, "num_heads": 2}
+    eyes["out_hidden_size"] = 16
     ids = {name: more.pop(name) for name in ("image_token_id", "video_token_id") if name in more}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return Qwen2_5_VLConfig(
-        vision_config={**eyes, "fullatt_block_indexes": [1]}, text_config=_small_text(rope_parameters=rope, **more), **ids
-    )  # fmt: skip
+    eyes["fullatt_block_indexes"] = [1]
+    return Qwen2_5_VLConfig(vision_config=eyes, text_config=_small_text(rope_parameters=rope, **more), **ids)
 
 
 def _families() -> dict[str, nn.Module]:
@@ -296,7 +323,9 @@ def test_no_adapter_lands_outside_the_language_model(family: str) -> None:
 
 def test_the_names_of_adapted_layers_are_checked() -> None:
     model, _ = tiny_vision_model(0)
-    assert _adapted(model, ["self_attn.q_proj"]) == {f"model.language_model.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+    assert _adapted(model, ["self_attn.q_proj"]) == {
+        f"model.language_model.layers.{n}.self_attn.q_proj" for n in (0, 1)
+    }
     for names in (["fc1"], ["lm_head"], ["linear_1"], []):
         with pytest.raises(RecipeError, match=r"tuner.target_modules: found .*expected some of down_proj"):
             language_targets(shared_vlm()[0], names)

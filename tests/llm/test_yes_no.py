@@ -10,16 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmrec.data.item_images import decode_image
 from llmrec.data.pairs import PairEncoder, PairExamples, PairOptions
 from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.evaluation.metrics import auc
+from llmrec.llm.pictures import ItemPictures
 from llmrec.llm.recommender import LLMRecommender
 from llmrec.llm.scoring import prefill
+from llmrec.llm.vision import count_features, language_targets
 from llmrec.llm.yes_no import PairCollator, YesNoRecommender
 from llmrec.tuners.ilora import ILoraTuner
 from llmrec.tuners.lora import LoraTuner
 from tests.data.tables import dataset_of
 from tests.fixtures.tokenizers import tiny_bpe_tokenizer
+from tests.fixtures.vision import drawn, tiny_vlm
 from tests.llm.tiny import ITEMS, TITLES, WIDTH, encoder, llama, rows
 
 HISTORIES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -189,3 +193,74 @@ def test_it_learns_which_films_are_watched() -> None:
     asked = list(range(1, ITEMS + 1))
     scores = model.score_candidates(model.collate(rows([watched[:2]], [asked])))[0].detach().numpy()
     assert auc(scores, np.isin(asked, watched))[0] > 0.95
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """Four drawn pictures for the items 1 to 4, none for the others."""
+
+    def __init__(self) -> None:
+        colours = ("red", "blue", "green", "yellow")
+        self.images = {item: drawn("star", colour) for item, colour in enumerate(colours, start=1)}
+        self.mask = np.array([item in self.images for item in range(ITEMS + 1)])
+
+    def __getitem__(self, item: int) -> Any:
+        return decode_image(self.images[item])
+
+
+def seeing(tuner: Any = None) -> Any:
+    model, processor = tiny_vlm()
+    pictures = ItemPictures(Shown(), processor)  # type: ignore[arg-type]
+    questions = PairEncoder(
+        TITLES, PairOptions("pairwise/movie", variants=1), processor.tokenizer, image_ids=pictures.ids
+    )  # fmt: skip
+    if tuner is not None:
+        config = LoraTuner.configure({"r": 4, "target_modules": language_targets(model, ["q_proj", "v_proj"])})
+        model = LoraTuner.attach(model, config)
+    return LLMRecommender.build(
+        model, tokenizer=processor.tokenizer, renderer=questions, pictures=pictures, style="yes_no", max_history=8
+    ).eval()
+
+
+def test_pictures_are_read_where_they_stand() -> None:
+    """Scores equal the model's own forward over the same tokens and pixels; items without a picture are read too."""
+    model = seeing()
+    batch = model.collate(rows([[5, 6], [7]], [[1, 2, 9], [3, 0, 4]]))
+    scores = model.score_candidates(batch)
+    base, (yes, no) = model.backbone.base, model.renderer.verbaliser
+    token = base.config.image_token_id
+    for row, place, history, item in ((0, 0, [5, 6], 1), (0, 2, [5, 6], 9), (1, 2, [7], 4)):
+        ids = torch.from_numpy(model.renderer.encode(history, item).input_ids)[None]
+        pixels = model.pictures.inputs([item]) if item < 5 else {}
+        assert int((ids == token).sum()) == (len(model.pictures.ids(item)) if item < 5 else 0)
+        if item < 5:
+            placeholders, features = count_features(base, {"input_ids": ids, **pixels})
+            assert placeholders == features > 0
+        logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0, -1].float()
+        torch.testing.assert_close(scores[row, place], logits[yes] - logits[no], atol=1e-4, rtol=1e-4)
+    assert torch.isneginf(scores[1, 1])
+    other = model.score_candidates(model.collate(rows([[5, 6]], [[2, 1, 9]])))
+    torch.testing.assert_close(other[0], scores[0, [1, 0, 2]], atol=1e-4, rtol=1e-4)
+    assert scores[0, 0] != scores[0, 1]
+
+
+def test_a_batch_with_and_without_pictures_trains_both() -> None:
+    model = seeing("lora")
+    made = []
+    for history, item, answer in (([5], 1, True), ([6], 9, False), ([7, 8], 3, True)):
+        pair = model.renderer.encode(history, item, answer=answer)
+        made.append(rows([history])[0] | {n: getattr(pair, n) for n in ("input_ids", "token_labels", "image")})
+    collate = PairCollator(model.tokenizer, model.pictures)
+    losses, counts = [], []
+    for chosen in ([0], [1], [2], [0, 1, 2]):
+        batch = collate([made[i] for i in chosen])
+        losses.append(model.answer_loss(batch))
+        counts.append(int((batch["token_labels"] >= 0).sum()))
+    apart = sum(loss * count for loss, count in zip(losses[:3], counts[:3], strict=True)) / sum(counts[:3])
+    torch.testing.assert_close(losses[3], apart, atol=1e-4, rtol=1e-4)
+    losses[3].backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert trained and all("lora_" in name and "language_model" in name for name in trained)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name and "vision" in name]

@@ -14,13 +14,14 @@ import pytest
 from llmrec.assets import find_asset
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.prepare import PrepareOptions, prepare_source
+from llmrec.data.summaries import UserText
 from llmrec.errors import RecipeError
 from llmrec.llm.endpoint import EndpointError
 from llmrec.llm.generating import Failure, Reply
 from llmrec.summarizers.base import ItemLine, UserStep, Written
 from llmrec.summarizers.jobs import History, Tally, held_out_histories, write_user_texts
 from llmrec.summarizers.recurrent import Recurrent
-from llmrec.summarizers.store import TextStore, UserText
+from llmrec.summarizers.store import TextStore
 from tests.summarizers.stubs import Stub, echo, shop, short
 
 LINES = [ItemLine(f"Title{item}.", f"looks{item} fine") for item in range(40)]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from llmrec.data.summaries import ITEMS, RECORD, USERS, UserText, read_summaries
 from llmrec.errors import CheckpointError, DataError
 from llmrec.summarizers.base import Written
-from llmrec.summarizers.store import ITEMS, RECORD, USERS, TextStore, UserText, read_summaries, write_results
+from llmrec.summarizers.store import TextStore, write_results
 from tests.summarizers.stubs import shop
 
 BATCHES = [

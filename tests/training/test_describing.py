@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,7 +22,13 @@ from llmrec.llm.vision import IGNORED, load_vision_model
 from llmrec.recipe import Recipe, load_recipe, parse_recipe
 from llmrec.training import describing
 from llmrec.training.describing import (
-    PictureCollator, PictureDescriber, PictureExample, PictureExamples, judge, picture_examples, question_of,
+    PictureCollator,
+    PictureDescriber,
+    PictureExample,
+    PictureExamples,
+    judge,
+    picture_examples,
+    question_of,
     words_named,
 )  # fmt: skip
 from llmrec.training.stages import run_recipe
@@ -51,6 +59,14 @@ def recipe_of(**changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def dataset() -> InteractionDataset:
     return prepare("synthetic", PrepareOptions(source_options=SOURCE))
+
+
+@pytest.fixture
+def runs(dataset: InteractionDataset, tmp_path: Path) -> Path:
+    """Where runs go; those named here find their data prepared."""
+    for name in ("run", "whole", "stopped"):
+        dataset.save(tmp_path / name / "dataset")
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +113,6 @@ def test_items_without_a_picture_or_an_answer_are_left_out(dataset: InteractionD
     recipe = recipe_of(prompt={"answer": "{categories}", "held_out_by": []})
     items = dataset.items.to_pydict()
     items["image"][0], items["categories"][1] = None, []
-    import dataclasses
-
-    import pyarrow as pa
-
     poorer = dataclasses.replace(dataset, items=pa.table(items, schema=dataset.items.schema))
     recipe.dataset.options.pop("visual_taste")  # a catalogue with its own columns
     kept = {example.item for side in picture_examples(recipe, poorer) for example in side._examples}
@@ -154,8 +166,8 @@ def test_a_model_learns_two_pictures_by_heart_and_tells_them_apart() -> None:
     model, processor = tiny_vlm()
     describer, rows = PictureDescriber(model, processor), _examples()
     batch = PictureCollator(processor, QUESTION)(rows)
-    optimizer = torch.optim.AdamW(describer.parameters(), lr=2e-3)
-    for _ in range(40):
+    optimizer = torch.optim.AdamW(describer.parameters(), lr=1e-3)
+    for _ in range(60):
         optimizer.zero_grad()
         describer.answer_loss(batch).backward()
         optimizer.step()
@@ -165,33 +177,39 @@ def test_a_model_learns_two_pictures_by_heart_and_tells_them_apart() -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_a_plain_model_descriptions_and_metrics(tmp_path: Path) -> None:
-    recipe = recipe_of(stage={"eval_strategy": "epoch"})
-    record = run_recipe(recipe, tmp_path / "run", say=lambda line: None)
-    run = tmp_path / "run"
+def test_a_run_leaves_a_plain_model_descriptions_and_metrics(runs: Path) -> None:
+    recipe, run = recipe_of(stage={"eval_strategy": "epoch"}), runs / "run"
+    record = run_recipe(recipe, run, say=lambda line: None)
     assert json.loads((run / "metrics.json").read_text()) == record
     told = pq.read_table(run / "evaluations/described/descriptions.parquet").to_pydict()
     assert len(told["item"]) == record["pictures"] and record["metrics"]["named"]["mean"] == pytest.approx(
         np.mean(told["named"])
     )
     names = {path.name for path in (run / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
     model, processor = load_vision_model(run / "model", "float32")
     dataset = InteractionDataset.load(run / "dataset")
     held_out = picture_examples(recipe, dataset)[1].subset(np.arange(8))
     again = judge(PictureDescriber(model, processor), held_out, record["question"], 10)[0]
     keys = [dataset.item_keys[held_out[i].item] for i in range(8)]
     assert again == [told["description"][told["item"].index(key)] for key in keys]
-    before = (run / "model/model.safetensors").stat().st_mtime_ns, (run / "stages/1-llm/done.json").stat().st_mtime_ns
+    done = run / "stages/1-llm/done.json"
+    before = done.stat().st_mtime_ns
     assert run_recipe(recipe, run, say=lambda line: None) == record  # a finished stage is not trained again
-    assert (run / "stages/1-llm/done.json").stat().st_mtime_ns == before[1]
+    assert done.stat().st_mtime_ns == before
 
 
 def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of()
-    run_recipe(recipe, tmp_path / "whole", say=lambda line: None)
+    run_recipe(recipe, runs / "whole", say=lambda line: None)
     steps, loss = [], PictureDescriber.answer_loss
 
     def stops(self: PictureDescriber, batch: Any) -> Any:
@@ -202,22 +220,20 @@ def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(
 
     monkeypatch.setattr(describing.PictureDescriber, "answer_loss", stops)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "stopped", say=lambda line: None)
-    assert not (tmp_path / "stopped/model").exists()
-    run_recipe(recipe, tmp_path / "stopped", say=lambda line: None)
+        run_recipe(recipe, runs / "stopped", say=lambda line: None)
+    assert not (runs / "stopped/model").exists()
+    run_recipe(recipe, runs / "stopped", say=lambda line: None)
     assert len(steps) == 3  # step 1, the stop, and step 2 alone
-    first, second = (tmp_path / run / "model/model.safetensors" for run in ("whole", "stopped"))
+    first, second = (runs / run / "model/model.safetensors" for run in ("whole", "stopped"))
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_processor_that_does_not_fit_is_refused_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_that_does_not_fit_is_refused_before_training(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_vlm()
     processor.num_additional_image_tokens = 3
     monkeypatch.setattr(describing, "load_vision_model", lambda *args, **kwargs: (model, processor))
     with pytest.raises(CheckpointError, match="writes 18 placeholders for a picture, the model makes 16 features"):
-        run_recipe(recipe_of(), tmp_path / "run", say=lambda line: None)
+        run_recipe(recipe_of(), runs / "run", say=lambda line: None)
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
@@ -263,7 +279,7 @@ def test_the_question_is_the_one_the_summarizer_asks() -> None:
 @pytest.mark.slow
 def test_the_drawn_recipe_reaches_its_target(tmp_path: Path) -> None:
     """Shape and colour in at least nine of ten held-out pictures, here after a part of the training."""
-    recipe = load_recipe(find_asset("recipes", "vision/drawn_cpu"), ["stages.0.num_train_epochs=6"])
+    recipe = load_recipe(find_asset("recipes", "vision/drawn_cpu"), ["stages.0.num_train_epochs=5"])
     record = run_recipe(recipe, tmp_path / "run", say=lambda line: None)
     assert record["metrics"]["described"]["mean"] >= 0.9
 
@@ -273,7 +289,7 @@ def test_the_poster_recipe_runs_from_raw_pictures_to_genre_words(tmp_path: Path,
     posters = test_data / "ml-100k-posters" / "items.parquet"
     source = test_data / "ml-100k"
     changes = [
-        f"dataset.source={source}", f"dataset.items=[{posters}, {source / 'items.parquet'}]",
+        f"dataset.source={source}", f"dataset.items=[{posters}]",
         "stages.0.max_examples=64", "stages.0.num_train_epochs=1", "stages.0.eval_users=16",
     ]  # fmt: skip
     recipe = load_recipe(find_asset("recipes", "vision/posters_cpu"), changes)
@@ -281,5 +297,3 @@ def test_the_poster_recipe_runs_from_raw_pictures_to_genre_words(tmp_path: Path,
     assert record["pictures"] > 200 and 0 <= record["metrics"]["named"]["mean"] <= 1
     told = pq.read_table(tmp_path / "run/evaluations/described/descriptions.parquet")
     assert "Drama" in " ".join(told["answer"].to_pylist())
-
-
