@@ -154,8 +154,9 @@ def band_coefficients(edges: Sequence[float], order: int, damped: bool = True) -
     Returns:
         [B, K+1] float64.
     """
-    angles = torch.arccos(torch.tensor(edges, dtype=torch.float64).clamp(-1, 1))
-    k = torch.arange(1, order + 1, dtype=torch.float64)
+    # On the processor even where a model is laid out on the meta device: the numbers are needed one by one.
+    angles = torch.arccos(torch.tensor(edges, dtype=torch.float64, device="cpu").clamp(-1, 1))
+    k = torch.arange(1, order + 1, dtype=torch.float64, device="cpu")
     series = torch.cat([angles[:, None] / 2, torch.sin(k * angles[:, None]) / k], dim=1) * 2 / math.pi  # [B+1, K+1]
     found = series[:-1] - series[1:]
     return found * jackson(order) if damped else found
@@ -163,7 +164,7 @@ def band_coefficients(edges: Sequence[float], order: int, damped: bool = True) -
 
 def jackson(order: int) -> Tensor:
     """[K+1] float64 damping factors; g_0 = 1."""
-    size, k = order + 1, torch.arange(order + 1, dtype=torch.float64)
+    size, k = order + 1, torch.arange(order + 1, dtype=torch.float64, device="cpu")
     angle = math.pi / (size + 1)
     return ((size - k + 1) * torch.cos(k * angle) + torch.sin(k * angle) / math.tan(angle)) / (size + 1)
 
@@ -261,12 +262,17 @@ def _mean_one(weights: Tensor, links: Tensor) -> Tensor:
 class Kept:
     """The result of a pure function of some tensors, until one of them is changed or replaced.
 
-    A plain attribute, never saved: a loaded or copied model computes it anew.
+    A plain attribute, never saved: a loaded or copied model computes it anew. Changes are seen by a tensor's version,
+    which fused optimizer kernels and writes through `.data` leave as it is: call `drop` around those.
     """
 
     def __init__(self) -> None:
         self._sources: list[tuple[Tensor, int]] = []
         self._value: Any = None
+
+    def drop(self) -> None:
+        """Forget what is kept."""
+        self._sources, self._value = [], None
 
     def get(self, sources: Iterable[Tensor], compute: Callable[[], Any]) -> Any:
         """`compute()` without gradients, or what it gave for the same tensors before."""

@@ -52,6 +52,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of user_80_10_10 (default: 0)")
     parser.add_argument("--name", help="name of the data set (default: that of the source)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="option of a generated source, such as users=300 (`llmrec explain source synthetic` lists them)",
+    )  # fmt: skip
 
 
 def run(args: Namespace) -> int:
@@ -95,8 +99,13 @@ def options_from(args: Namespace) -> PrepareOptions:
         RecipeError: A rule or column mapping cannot be read.
     """
     from llmrec.data.prepare import PrepareOptions
+    from llmrec.recipe import apply_override
 
+    source_options: dict[str, Any] = {}
+    for text in args.set:
+        apply_override(source_options, text)
     return PrepareOptions(
+        source_options=source_options,
         min_user=args.min_user,
         min_item=args.min_item,
         positive=args.positive,

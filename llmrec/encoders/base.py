@@ -529,11 +529,17 @@ class GraphEncoder(SequenceEncoder):
         return lengths / max(1, len(users))
 
     def items(self) -> tuple[Tensor, ...]:
-        """`item_states`, computed once for all calls without gradients until a weight changes."""
-        if torch.is_grad_enabled():
+        """`item_states`; in evaluation mode computed once for all calls without gradients, until a weight changes."""
+        if torch.is_grad_enabled() or self.training:
             return self.item_states()
         found: tuple[Tensor, ...] = self._kept_items.get([*self.parameters(), *self.buffers()], self.item_states)
         return found
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes; nothing is kept across the switch, since fused optimizers change weights without a trace."""
+        if mode != self.training:
+            self._kept_items.drop()
+        return super().train(mode)
 
     def forward(
         self,

@@ -47,7 +47,6 @@ OPENING = "Likes, most first: "
 _WEIGHTED = re.compile(r"([^,;()]+) \(([0-9]+(?:\.[0-9]+)?)\)")
 _PIECES = re.compile(r"[,;.!?:()|/]+")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-_PHRASE = 3  # words of a piece that is one attribute; a longer one is a sentence, whose words count one by one
 _EMPTY_WORDS = frozenset(
     "a an and are as at be been but by for from had has have her his if in into is it its more most no not of on or "
     "our out over she that the their them then there these they this to under up was were what when which who will "
@@ -67,6 +66,7 @@ class Attributes(Summarizer):
         mode: "recurrent", "direct" or "last_block", as in `recurrent`.
         decay: What is left of a weight after a block, 0 to 1.
         top: Attributes a user's text names at most.
+        phrase: A piece of text of at most so many words is one attribute; the words of a longer one count one by one.
 
     Raises:
         RecipeError: An option is out of range.
@@ -78,19 +78,20 @@ class Attributes(Summarizer):
     mode: Mode = "recurrent"
     decay: float = 0.7
     top: int = 16
+    phrase: int = 3
 
     summarises: ClassVar[frozenset[str]] = frozenset({"items", "users"})
     needs_generator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, block_size=1, item_chars=8, top=1)
+        check_at_least(self, block_size=1, item_chars=8, top=1, phrase=1)
         if not 0 <= self.decay <= 1:
             raise RecipeError(f"attributes.decay: found {self.decay}, expected 0 to 1")
         check_mode(self)
 
     def version(self, generator: Generator | None) -> str:
         """Hash of the options; there is no generator."""
-        return hash_of("attributes 1", list(self.columns), self.item_chars, self.decay, self.top)
+        return hash_of("attributes 1", list(self.columns), self.item_chars, self.decay, self.top, self.phrase)
 
     def item_words(self, dataset: InteractionDataset) -> list[str]:
         """The columns of every item, joined by semicolons."""
@@ -115,7 +116,7 @@ class Attributes(Summarizer):
 
     def _step(self, step: UserStep) -> Written:
         weights = {name: self.decay * weight for name, weight in weights_of(step.previous).items()}
-        met = Counter(name for line in step.lines for name in attributes_of(line.text))
+        met = Counter(name for line in step.lines for name in attributes_of(line.text, self.phrase))
         for name, count in met.items():
             weights[name] = weights.get(name, 0.0) + count
         ranked = sorted(((name, round(weight, 2)) for name, weight in weights.items()), key=lambda e: (-e[1], e[0]))
@@ -125,12 +126,12 @@ class Attributes(Summarizer):
         return Written(OPENING + ", ".join(f"{name} ({weight:.2f})" for name, weight in shown), OK)
 
 
-def attributes_of(text: str) -> list[str]:
+def attributes_of(text: str, phrase: int = 3) -> list[str]:
     """The attributes in an item's text, each once, in lower case: short pieces whole, sentences word by word."""
     found: dict[str, None] = {}
     for piece in _PIECES.split(plain_text(text).casefold()):
         words = [word for word in _WORD.findall(piece) if word not in _EMPTY_WORDS]
-        short = len(piece.split()) <= _PHRASE
+        short = len(piece.split()) <= phrase
         for name in [" ".join(words)] if short else words:
             if name:
                 found[name] = None

@@ -585,6 +585,7 @@ def _store_evaluation(run: Run, results: dict[str, EvalResult], primary: bool) -
     if primary and ranks().is_first:
         write_json(run.folder.metrics, record)
     _store_gates(run, own.protocol)
+    _store_bands(run, own.protocol)
     wait_for_all()
     return record
 
@@ -630,6 +631,14 @@ def _store_gates(run: Run, protocol: EvalProtocol) -> None:
     path = run.folder.evaluation(protocol.resolve(run.dataset).slug) / "gates.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
+
+
+def _store_bands(run: Run, protocol: EvalProtocol) -> None:
+    """How much each spectral band of a graph encoder contributes, for the report."""
+    if run.model is None and hasattr(run.encoder, "band_diagnostics") and ranks().is_first:
+        folder = run.folder.evaluation(protocol.resolve(run.dataset).slug)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "bands.json", {"bands": run.encoder.band_diagnostics()})
 
 
 def _gates_after(run: Run, inner: Any, batch: Any) -> torch.Tensor:

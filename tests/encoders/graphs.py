@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,12 @@ class GraphEncoderContract(EncoderContract):
 
     def strategy(self) -> Edges:
         return prepared(self.context(), self.model())  # type: ignore[arg-type]
+
+    def test_can_be_laid_out_without_data(self) -> None:
+        """`llmrec check` asks for widths on the meta device, before a graph is there."""
+        with torch.device("meta"), torch.no_grad():
+            model = self.encoder_class(copy.deepcopy(self.config))
+            assert model.item_vectors().shape == (self.config.num_items + 1, model.gate_dim)
 
     def test_overfits_cyclic_histories(self, only_trainable: None) -> None:
         """The next item and the one in front of the window are mirror images to a model without order.

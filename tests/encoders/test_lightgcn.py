@@ -42,7 +42,7 @@ def test_states_are_the_mean_of_the_layers() -> None:
     signals = [model.identities().detach().numpy()]
     for (values, _), project in zip(content_signals(content(24), 128).values(), model.projections, strict=True):
         nodes = np.concatenate([np.zeros((20, 6)), values[1:]])
-        signals.append(nodes @ project.weight.detach().numpy().T)
+        signals.append(nodes @ project.weight.detach().numpy().T)  # type: ignore[operator]
     expected = np.concatenate([average @ x for x in signals], axis=1)
     np.testing.assert_allclose(model.node_states().detach().numpy(), expected, atol=1e-5)
 
@@ -92,6 +92,18 @@ def test_the_item_table_follows_the_weights() -> None:
         model.item_embedding.weight.mul_(2)
         after = model.item_vectors()
     assert (after[:, :8] - before[:, :8]).abs().max() > 1e-3 and torch.equal(after[:, 8:], before[:, 8:])
+
+
+def test_a_step_of_a_fused_optimizer_is_noticed() -> None:
+    """Its kernels leave no trace on the weights' versions; validation in between must not see the old table."""
+    model = built()
+    with torch.no_grad():
+        before = model.item_vectors()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model.train().score_edges(torch.tensor([1]), torch.tensor([2]), torch.tensor([[3]])).positive.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert (model.eval().item_vectors() - before).abs().max() > 1e-2
 
 
 def test_learns_the_held_out_item_of_a_block() -> None:

@@ -13,18 +13,22 @@ from torch import nn
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )  # fmt: skip
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.llm.generating import Request, TransformersGenerator
 from llmrec.llm.loading import load_language_model
-from llmrec.llm.tiny_vision import tiny_vision_model, vision_words
+from llmrec.llm.tiny_vision import tiny_vision_model, tiny_vision_tokenizer, vision_words
 from llmrec.llm.vision import (
     IGNORED,
     VisionPrompt,
@@ -300,6 +304,44 @@ def _families() -> dict[str, nn.Module]:
                 Idefics3Config(vision_config={**eyes, "image_size": 32, "patch_size": 16}, text_config=text)
             ),
         }
+
+
+def _with_tiles(family: str) -> tuple[Any, Any]:
+    """A model that cuts pictures into tiles, so that a picture takes more placeholders than a whole one, and marks."""
+    eyes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes |= {"image_size": 32, "patch_size": 16}
+    tokenizer = tiny_vision_tokenizer()
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    if family == "llava_next":
+        grid = [[32, 64], [64, 32], [64, 64]]
+        square = {"height": 32, "width": 32}
+        processor: Any = LlavaNextProcessor(
+            LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=grid),
+            tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        )  # fmt: skip
+        config: Any = LlavaNextConfig(
+            vision_config={"model_type": "clip_vision_model", **eyes}, image_token_index=token,
+            text_config={"model_type": "llama", **_small_text(vocab_size=len(tokenizer))}, image_grid_pinpoints=grid,
+        )  # fmt: skip
+        return LlavaNextForConditionalGeneration(config).eval(), processor
+    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(pictures, tokenizer, image_seq_len=1)
+    text = {"model_type": "llama", **_small_text(vocab_size=len(processor.tokenizer), pad_token_id=0)}
+    config = Idefics3Config(vision_config=eyes, text_config=text, scale_factor=2, image_token_id=token)
+    return Idefics3ForConditionalGeneration(config).eval(), processor
+
+
+@pytest.mark.parametrize("family", ["llava_next", "idefics3"])
+def test_models_that_tile_pictures_take_the_same_prompts(family: str) -> None:
+    model, processor = _with_tiles(family)
+    prompts = [VisionPrompt(QUESTION, (drawn(),)), VisionPrompt("Name the shape", (drawn("ring"), drawn()))]
+    batch = encode_prompts(processor, prompts[:1] * 2, ["a blue star", "star"])
+    placeholders, features = count_features(model, batch)
+    assert placeholders == features > 2
+    assert image_tokens(processor, prompts[0].images)[0] >= placeholders // 2
+    assert torch.isfinite(model(**to_model(batch, model)).loss)
+    two = encode_prompts(processor, prompts[1:])
+    assert count_features(model, two) == (placeholders, features)
 
 
 def _adapted(model: nn.Module, names: list[str] | None) -> set[str]:
