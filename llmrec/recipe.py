@@ -407,7 +407,8 @@ class Recipe(_Strict):
         self._check_describing(prefix)
         self._refuse_idle_sections(prefix)
         self._check_codes(prefix)
-        if not self.stages and self.encoder is None and self.head is None:
+        asked_as_it_is = self.prompt is not None and self.prompt.style in ("text", "yes_no")
+        if not self.stages and self.encoder is None and self.head is None and not (self.llm and asked_as_it_is):
             raise RecipeError(f"{prefix}nothing to do: add an `encoder` and `stages`")
 
     @property
@@ -450,7 +451,7 @@ class Recipe(_Strict):
             )
         pairs = prompt.pairs or PairSpec()
         if pairs.item_text == "summary" and pairs.summaries is None:
-            raise RecipeError(f"{prefix}prompt.pairs.item_text: summary stands in prompt.pairs.summaries; name the folder")
+            raise RecipeError(f"{prefix}prompt.pairs.item_text: summary stands in prompt.pairs.summaries; name it")
         if pairs.tune_vision and not pairs.pictures:
             raise RecipeError(f"{prefix}prompt.pairs.tune_vision: no question shows a picture; set pictures: true")
 

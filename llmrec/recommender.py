@@ -502,6 +502,26 @@ def load_base_model(recipe: Recipe) -> tuple[Any, Any, Any]:
     return *load_language_model(llm.model, **options), None
 
 
+def tuner_options(recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Options of the recipe's tuner for a base model: in one that reads pictures, layers of the vision tower stay out.
+
+    Names of layers, "all-linear" and no names become a pattern of the language model's layers, unless
+    `prompt.pairs.tune_vision` lets the adapter in; a pattern stays what it is.
+    """
+    assert recipe.tuner is not None
+    options = dict(recipe.tuner.options)
+    pairs = None if recipe.prompt is None else recipe.prompt.pairs
+    names = options.get("target_modules")
+    if pairs is None or not pairs.pictures or pairs.tune_vision or (isinstance(names, str) and names != "all-linear"):
+        return options
+    from llmrec.llm.vision import language_targets
+
+    return {
+        **options,
+        "target_modules": language_targets(model, None if names is None or isinstance(names, str) else names),
+    }
+
+
 def question_parts(
     recipe: Recipe, dataset: InteractionDataset, tokenizer: Any, processor: Any = None
 ) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def read_base_config(recipe: Recipe) -> tuple[Any, str]:
         return None, f"the configuration of {name} is neither in a folder nor in the cache; {remedy}"
     except ValueError as error:
         raise CheckpointError(f"the configuration of {name} cannot be read: {str(error).splitlines()[0]}") from error
-    keep_layers(config, recipe.llm.num_layers)
+    keep_layers(config.get_text_config(), recipe.llm.num_layers)
     return config, ""
 
 
@@ -127,8 +127,10 @@ def _attach(recipe: Recipe, gate_dim: int, model: Any) -> Any:
 
     if recipe.tuner is None:
         return model.requires_grad_(False)
+    from llmrec.recommender import tuner_options
+
     tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
-    options = dict(recipe.tuner.options)
+    options = tuner_options(recipe, model)
     if options.get("router") == "none":
         options |= {"router": "linear"}  # finished gates are checked by their values, which do not exist here
     return tuner.attach(model, tuner.configure(options, gate_dim=gate_dim))

@@ -142,17 +142,23 @@ class PairEncoder:
         self.pieces = PieceTokenizer(self.tokenizer, self.options.chat_template, terminator)
         self._answers = self.pieces.answers(ANSWERS)
         self._cut: dict[tuple[str, int], str] = {}
-        if self.verbaliser[0] == self.verbaliser[1]:
+        yes, no = self._answers
+        shared = next((place for place, pair in enumerate(zip(yes, no, strict=False)) if pair[0] != pair[1]), None)
+        if shared is None:
             raise RecipeError(
-                f"tokenizer {self.tokenizer.name_or_path!r} begins Yes and No with the same token "
-                f"{self.verbaliser[0]}; expected two tokens to compare"
+                f"tokenizer {self.tokenizer.name_or_path!r} writes one of Yes {yes} and No {no} as the beginning of "
+                "the other; expected two tokens to compare"
             )
+        self._lead = yes[:shared]
 
     @property
     def verbaliser(self) -> tuple[int, int]:
-        """First token of Yes and of No, as they follow a question."""
+        """First tokens of Yes and of No that differ, as they follow a question.
+
+        What both begin with (a blank of its own, with some tokenizers) belongs to the question.
+        """
         yes, no = self._answers
-        return yes[0], no[0]
+        return yes[len(self._lead)], no[len(self._lead)]
 
     def encode(
         self,
@@ -195,7 +201,7 @@ class PairEncoder:
             ids, image = self._tokens(shown, preference, candidate, variant)
         answer_ids: list[int] = []
         if answer is not None:
-            answer_ids = self._answers[0 if answer else 1] + self.pieces.terminator
+            answer_ids = self._answers[0 if answer else 1][len(self._lead) :] + self.pieces.terminator
         before = ids if self.options.loss_on_prompt else [IGNORED] * len(ids)
         return EncodedPair(
             input_ids=np.array(ids + answer_ids, dtype=np.int64),
@@ -242,7 +248,7 @@ class PairEncoder:
         for part in segments:
             ids += next(encoded) if isinstance(part, str) else picture
             placed = placed or isinstance(part, SlotRef)
-        return ids + self.pieces.tail, placed
+        return ids + self.pieces.tail + self._lead, placed
 
     def _shorter(self, text: str, limit: int, what: str) -> str:
         text = plain_text(text)

@@ -228,7 +228,8 @@ def base_identity(model: nn.Module) -> BaseIdentity:
     outer: Any = model
     base = outer.get_base_model() if hasattr(outer, "peft_config") else outer
     config = base.config
-    shape = json.dumps({key: getattr(config, key, None) for key in _CONFIG_KEYS}, sort_keys=True)
+    text = config.get_text_config()  # of models that read pictures too, the language model's part
+    shape = json.dumps({key: getattr(text, key, None) for key in _CONFIG_KEYS}, sort_keys=True)
     soft, hard, quantised = hashlib.sha256(), hashlib.sha256(), False
     for name, weight in _base_weights(base):
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
@@ -243,7 +244,7 @@ def base_identity(model: nn.Module) -> BaseIdentity:
         shape=hashlib.sha256(shape.encode()).hexdigest(),
         embeddings=soft.hexdigest(),
         linears=None if quantised else hard.hexdigest(),
-        num_layers=int(config.num_hidden_layers),
+        num_layers=int(text.num_hidden_layers),
     )
 
 

@@ -92,7 +92,7 @@ def load_vision_model(
     compute = choose_dtype(dtype, home)
     extra = quantised_arguments(quantize, compute, home)
     config = _read_config(name_or_path, target, revision)
-    if not _reads_pictures(config):
+    if not reads_pictures(config):
         raise CheckpointError(
             f"{str(name_or_path)!r} is a {config.model_type}, which reads no pictures; expected an image-text-to-text "
             "model such as LLaVA, Qwen-VL or SmolVLM"
@@ -122,7 +122,7 @@ def is_vision_model(name_or_path: str | Path, revision: str | None = None) -> bo
     Raises:
         CheckpointError: There is no configuration of that name.
     """
-    return _reads_pictures(_read_config(name_or_path, _locate(name_or_path), revision))
+    return reads_pictures(_read_config(name_or_path, _locate(name_or_path), revision))
 
 
 def _read_config(name_or_path: str | Path, target: str, revision: str | None) -> Any:
@@ -134,7 +134,8 @@ def _read_config(name_or_path: str | Path, target: str, revision: str | None) ->
         raise _not_loaded(name_or_path, error) from error
 
 
-def _reads_pictures(config: Any) -> bool:
+def reads_pictures(config: Any) -> bool:
+    """Whether a configuration is that of an image-text-to-text model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

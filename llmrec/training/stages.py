@@ -36,6 +36,7 @@ from llmrec.recommender import (
     part_name,
     question_parts,
     system_name,
+    tuner_options,
 )
 from llmrec.run_dir import RunDir, write_json, write_text
 from llmrec.training.item_codes import (
@@ -322,10 +323,7 @@ def _make_model(run: Run) -> None:
     if recipe.tuner is not None:
         tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
         gate_dim = None if run.encoder is None else int(run.encoder.gate_dim)
-        given = dict(recipe.tuner.options)
-        if processor is not None and not (prompt.pairs is not None and prompt.pairs.tune_vision):
-            given["target_modules"] = _language_layers(model, given.get("target_modules"))
-        model = tuner.attach(model, tuner.configure(given, gate_dim=gate_dim))
+        model = tuner.attach(model, tuner.configure(tuner_options(recipe, model), gate_dim=gate_dim))
     options: dict[str, Any] = {"style": prompt.style, "max_history": recipe.dataset.max_history}
     if prompt.style == "item_codes":
         options |= {"instruction": prompt.instruction, "tasks": tuple(sorted(prompt.tasks)), "beams": prompt.beams}
@@ -343,15 +341,6 @@ def _make_model(run: Run) -> None:
         **_codes(run),
         **options,
     ).to(run.device)
-
-
-def _language_layers(model: Any, names: Any) -> Any:
-    """Names of layers, or "all-linear", as a pattern that stays out of the vision tower; a pattern stays what it is."""
-    from llmrec.llm.vision import language_targets
-
-    if isinstance(names, str) and names != "all-linear":
-        return names
-    return language_targets(model, None if names is None or isinstance(names, str) else names)
 
 
 def _writers(run: Run, tokenizer: Any, processor: Any, rows: int) -> dict[str, Any]:

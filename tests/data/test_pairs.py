@@ -69,8 +69,17 @@ def test_4_the_verbaliser_is_what_follows_a_question() -> None:
 
 def test_answers_that_begin_alike_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.pairs.ANSWERS", ("Yes", "Yes indeed"))
-    with pytest.raises(RecipeError, match="begins Yes and No with the same token"):
+    with pytest.raises(RecipeError, match="as the beginning of the other"):
         encoder()
+
+
+def test_4_what_both_answers_begin_with_belongs_to_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.data.pairs.ANSWERS", ("taste Yes", "taste No"))
+    writer = encoder()
+    question, answered = writer.encode([1], 2), writer.encode([1], 2, answer=False)
+    assert words(question.input_ids).endswith("Answer: taste") and question.prompt_length == len(question.input_ids)
+    assert words(answered.token_labels[answered.token_labels != IGNORED]) == " No\n"
+    assert answered.token_labels[answered.prompt_length] == writer.verbaliser[1]
 
 
 def test_titles_give_way_and_the_picture_never_does() -> None:
