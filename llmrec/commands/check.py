@@ -13,7 +13,8 @@ from llmrec.errors import RecipeError
 
 if TYPE_CHECKING:
     from llmrec.commands.launch import Profile
-    from llmrec.recipe import Recipe
+    from llmrec.data.prompts import PromptTemplate
+    from llmrec.recipe import PromptSpec, Recipe
 
 EXAMPLE = "llmrec check recipes/smoke/ilora.yaml"
 
@@ -102,19 +103,21 @@ def _sizes(recipe: Recipe, arguments: list[Any], profile: Profile | None) -> dic
 
 def _parameters(recipe: Recipe, config: Any, gate_dim: int | None) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from llmrec import discovery
+    from llmrec.llm.vision import auto_class
+    from llmrec.recommender import tuner_options
 
     found: dict[str, Any] = {}
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = auto_class(config).from_config(config, trust_remote_code=False)
         found["llm parameters"] = sum(p.numel() for p in model.parameters())
         if recipe.tuner is not None:
             from llmrec.tuners.base import trainable_report
 
             tuner: Any = discovery.resolve("tuner", recipe.tuner.type)
-            report = trainable_report(tuner.attach(model, tuner.configure(recipe.tuner.options, gate_dim=gate_dim)))
+            options = tuner_options(recipe, model)
+            report = trainable_report(tuner.attach(model, tuner.configure(options, gate_dim=gate_dim)))
             found["trainable in the LLM"] = report.trainable
             found.update({f"  {part}": count for part, count in report.parts.items() if count})
     return found
@@ -128,6 +131,8 @@ def _prompt(recipe: Recipe) -> str | None:
 
     prompt = recipe.prompt
     template = PromptTemplate.load(str(prompt.template))
+    if prompt.style in ("yes_no", "describe"):
+        return _asked(prompt, template)
     wanted = {"history": "history", "candidates": "candidate", "user": "user"}
     shown = {wanted[name] for name in prompt.slots} if prompt.style == "hybrid" else set()
     segments = render_next_item(
@@ -140,3 +145,19 @@ def _prompt(recipe: Recipe) -> str | None:
     texts = [f"[{part.kind} vector]" if isinstance(part, SlotRef) else part for part in segments
              if not isinstance(part, SlotRef) or part.kind in shown]  # fmt: skip
     return "".join(texts)
+
+
+def _asked(prompt: PromptSpec, template: PromptTemplate) -> str:
+    """A rendered question about one item: names in brackets where texts and pictures stand."""
+    from llmrec.recipe import PairSpec
+
+    pairs = prompt.pairs or PairSpec()
+    values = {
+        "preference": "[summary of the user]" if pairs.summaries else "",
+        "history": [f"title {n}" for n in range(1, min(3, pairs.show_history) + 1)],
+        "title": "title 4",
+        "text": "[text of the item]" if pairs.item_text else "",
+        "image": "[picture]" if pairs.pictures else "",
+        "noun": "item", "known": "", "again": False,
+    }  # fmt: skip
+    return template.render(template.variants[0], **{n: v for n, v in values.items() if n in template.variables})

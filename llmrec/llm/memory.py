@@ -118,13 +118,10 @@ def estimate(config: Any, setting: Setting, attach: Callable[[Any], Any] | None 
         setting: How it trains.
         attach: Puts the adapter onto a model on the meta device; None for no adapter.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from llmrec.llm.vision import auto_class
 
-    from llmrec.llm.vision import reads_pictures
-
-    kind: Any = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        model: Any = kind.from_config(
+        model: Any = auto_class(config).from_config(
             config, dtype=setting.dtype, attn_implementation="sdpa", trust_remote_code=False
         )
         packed = _packed_layers(model) if setting.quantize else []

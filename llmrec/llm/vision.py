@@ -141,6 +141,13 @@ def reads_pictures(config: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class that makes a model of a configuration: with or without eyes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
+
+
 def _not_loaded(name_or_path: str | Path, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
