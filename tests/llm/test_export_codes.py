@@ -91,7 +91,7 @@ def fix(model: ItemCodeRecommender, gate: Any) -> None:
         alike = weights.expand(*gates["user_repr"].shape[:-1], -1)
         return read(embeds, mask, {"gates": alike}, **call)
 
-    model.backbone.forward = fixed  # type: ignore[method-assign]
+    model.backbone.forward = fixed  # type: ignore[method-assign, assignment]
 
 
 @cache
@@ -182,7 +182,8 @@ def test_generate_ranks_as_llmrec_does(made: Made) -> None:
 
 
 def test_tokenizer_and_model_number_codes_alike(made: Made) -> None:
-    again, first = AutoTokenizer.from_pretrained(made.folder), made.trained.vocabulary
+    again: Any = AutoTokenizer.from_pretrained(made.folder)
+    first = made.trained.vocabulary
     letters = [f"<{letter}_{code}>" for letter, size in zip("abc", SIZES, strict=True) for code in range(size)]
     assert again.convert_tokens_to_ids(letters) == list(range(first, first + sum(SIZES)))
     assert len(again) == first + sum(SIZES) == made.model.config.vocab_size
@@ -440,6 +441,7 @@ def test_the_mask_knows_items_and_their_end(root: Path) -> None:
 # From a run ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_training_to_a_plain_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(language_model(), tmp_path / "run")
     words = ["export", str(tmp_path / "run"), "--for", "vllm", "--out", str(tmp_path / "out"), "--histories", "4"]
