@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,9 @@ def _load_both(args: Namespace) -> tuple[EvalResult, EvalResult]:
         )
     results = [load_predictions(find_predictions(run, args.evaluation)) for run in args.runs]
     if not args.predictions:
+        if results[0].name == results[1].name:  # two runs of one kind of system: the folders tell them apart
+            first, second = (replace(r, name=f"{r.name} ({run})") for r, run in zip(results, args.runs, strict=True))
+            return first, second
         return results[0], results[1]
     if not args.dataset:
         raise RecipeError("--predictions needs --dataset DIR, the prepared data set whose targets are scored")

@@ -11,8 +11,8 @@ text has (<|unused_N|>), so that both number the codes alike.
                            max_new_tokens=codes.max_new_tokens, num_beams=20, num_return_sequences=10)
     for answer in found: codes.items_of(answer[ids.shape[1]:])
 
-Items in order, best first, and their log-probabilities (`sequences_scores`, once length_penalty=0.0 keeps them undivided)
-are those of llmrec's own beams.
+Such answers come best first, as llmrec's own beams do; length_penalty=0.0 makes `sequences_scores` the
+log-probabilities of the codes, which generate otherwise divides by their number.
 """
 
 from __future__ import annotations
@@ -142,17 +142,29 @@ class PromptFrame:
     max_length: int | None
 
 
-class LevelTrieLogitsProcessor(TrieLogitsProcessor):
-    """The mask over scores that are normalised within their level first, as windows of codes are trained."""
+class CodeLogitsProcessor(TrieLogitsProcessor):
+    """The mask over log-probabilities that llmrec's own beams add up: as trained, without the end of the answer.
+
+    Args:
+        by_level: Codes compete within their level (windows), not with the whole vocabulary (tasks).
+        *args: See `TrieLogitsProcessor`.
+    """
+
+    def __init__(self, by_level: bool, *args: Any) -> None:
+        super().__init__(*args)
+        self.by_level = by_level
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[rows, prompt + m] ids, [rows, V] logits or log-probabilities -> [rows, V] scores."""
+        """[rows, prompt + m] ids, [rows, V] logits (log-probabilities in a beam search) -> [rows, V] scores."""
         level = input_ids.shape[1] - self.prompt_length
-        if 0 <= level < self.trie.depth:
-            self._move(scores.device)
+        self._move(scores.device)
+        if self.by_level and 0 <= level < self.trie.depth:
             tokens, scores = self._tokens[level], scores.clone()
             scores[:, tokens] = scores[:, tokens].log_softmax(-1)
-        return super().__call__(input_ids, scores)
+        masked = super().__call__(input_ids, scores)
+        if self.eos_token_id is not None and level >= self.trie.depth:
+            masked[:, self.eos_token_id] = 0.0  # a whole code can only end
+        return masked
 
 
 class ExportedCodes:
@@ -177,7 +189,7 @@ class ExportedCodes:
         self.max_new_tokens: int = record["answer"]["max_new_tokens"]
         self._stop: list[int] = record["answer"]["stop_token_ids"]
         self._frame = PromptFrame(**record["prompt"])
-        self._masks = {"level": LevelTrieLogitsProcessor, "vocabulary": TrieLogitsProcessor}[record["normalised"]]
+        self._by_level = {"level": True, "vocabulary": False}[record["normalised"]]
         place = {name: number for number, name in enumerate(self.tokens.names, start=self.tokens.first)}
         self._ids = {key: [place[name] for name in names] for key, names in record["items"].items()}
         self._keys: dict[tuple[int, ...], list[str]] = {}
@@ -226,10 +238,11 @@ class ExportedCodes:
         return [*frame.before, *ids[: len(ids) - len(frame.between)], *frame.after]
 
     def processor(self, prompt_length: int) -> TrieLogitsProcessor:
-        """The mask for `generate` after prompts of so many columns; scores are normalised as they were trained."""
+        """The mask for `generate` after prompts of so many columns."""
         sizes = zip(self.tokens.starts, self.tokens.level_sizes, strict=True)
         levels = [torch.arange(start, start + size) for start, size in sizes]
-        return self._masks(self.trie, levels, prompt_length, self._stop[0] if self._stop else None)
+        stop = self._stop[0] if self._stop else None
+        return CodeLogitsProcessor(self._by_level, self.trie, levels, prompt_length, stop)
 
     def items_of(self, tokens: Sequence[int] | Tensor) -> list[str]:
         """Original ids of the items an answer names, by its first M tokens; none where it names none."""

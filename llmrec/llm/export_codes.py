@@ -165,7 +165,7 @@ class CodeExport:
 
         wrong = misnumbered(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), self.tokens)
         if wrong is not None:
-            raise CheckFailed(f"saved tokenizer and model number item codes differently, so {out} was not made: {wrong}")
+            raise CheckFailed(f"the saved tokenizer numbers item codes otherwise, so {out} was not made: {wrong}")
         tasks = bool(self.recommender.options.tasks)
         found = exported_log_probs(model, self.prompts, self.tokens, tasks)
         parity = compare_levels(self.expected, found, model.dtype)

@@ -84,6 +84,13 @@ def test_a_system_against_itself(folder, capsys):
     assert record["p_value"] == 1.0 and record["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_two_runs_of_one_system_are_told_apart_by_their_folders(folder, tmp_path, capsys):
+    other = save(tmp_path / "other", {"random": TableScorer(30)})
+    assert call(f"{folder}:random", f"{other}:random", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in record["systems"]] == [f"random ({folder}:random)", f"random ({other}:random)"]
+
+
 def test_different_questions_are_refused(folder, tmp_path):
     other = save(tmp_path, {"random": TableScorer(30)}, EvalProtocol(ks=(1, 3, 10), remove_seen=False))
     with pytest.raises(CheckFailed) as caught:
