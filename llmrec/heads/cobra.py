@@ -17,7 +17,7 @@ Ours, where the paper says nothing or was not followed:
   over a frozen sentence encoder's vectors, trained end to end from there on. Items without text share one vector;
 - `dense_softmax` "cluster" takes the second softmax over the neighbours of one code, so that Phi is P(ID) P(item | ID)
   and an item alone in its code always weighs 1; with "global", over all neighbours of all codes, a full code gives
-  every one of its items the code's whole weight (it found half as many targets on Beauty, see README). Codes without
+  every one of its items the code's whole weight (it found fewer targets on Beauty, see README). Codes without
   an item the row may get take no beam;
 - at least k beams are searched, so that k items are found where the row may get k. Neighbours beyond N come behind the
   fused ones if fewer than k were found;

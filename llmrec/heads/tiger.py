@@ -151,8 +151,8 @@ class TIGERHead(GenerativeHead):
         tokenizer = check_codes(config, tokenizer)
         config.level_sizes = list(tokenizer.level_sizes)
         if isinstance(config.beams, list) and len(config.beams) != len(config.level_sizes):
-            levels = len(config.level_sizes)
-            raise RecipeError(f"head.beams: found {config.beams}, expected one width, or one for each of {levels}")
+            expected = f"one width, or one for each of {len(config.level_sizes)} levels"
+            raise RecipeError(f"head.beams: found {config.beams}, expected {expected}")
         head = cls(config)
         head.codes.copy_(tokenizer.codes)
         head.popularity.copy_(torch.from_numpy(context.train_counts))

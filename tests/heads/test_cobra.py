@@ -398,6 +398,19 @@ def test_scores_of_candidates_are_those_of_the_ranking() -> None:
         torch.testing.assert_close(scores[row, : len(real)] - scores[row, 0], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_vectors_follow_an_optimizer_that_leaves_no_trace() -> None:
+    """Fused kernels do not count their changes; training in between is what tells."""
+    head = head_of(buckets(12)).eval()
+    before = head.catalogue()[0]
+    head.train()
+    optimiser = torch.optim.AdamW(head.parameters(), 0.1, fused=True)
+    head(batch_of([[2, 3]], [[3, 4]])).loss.backward()
+    optimiser.step()
+    head.eval()
+    assert not torch.equal(head.catalogue()[0], before)
+    torch.testing.assert_close(head.catalogue()[0], head.encode(torch.arange(13)))
+
+
 def test_vectors_of_the_catalogue_follow_the_weights() -> None:
     head = head_of(buckets(12)).eval()
     first = head.catalogue()[0]
