@@ -84,7 +84,9 @@ class Evaluator:
                 remedy="choose another split, or prepare the data set with a split rule that fills this one",
             )
         draws = protocol.seeds if protocol.num_candidates is not None else protocol.seeds[:1]
-        length = max(*protocol.cuts, protocol.num_candidates or 0)
+        length = max(protocol.cuts)
+        if protocol.mode == "score" and any(hasattr(recommender, name) for name in ("score_candidates", "score_items")):
+            length = max(length, protocol.num_candidates or 0)  # every score is kept where every candidate has one
         jobs = [
             Job(recommender, dataset, drawn, protocol, Found.empty(len(drawn), length))
             for drawn in (with_drawn_candidates(dataset, examples, protocol, draw) for draw in draws)

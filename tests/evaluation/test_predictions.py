@@ -97,7 +97,8 @@ def test_candidates_are_picked_out_of_a_list(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", full_lists(), "list")
     protocol = parse_protocol("candidates-30", ks=(1, 3, 10))
     expected = Evaluator(protocol, progress=False).run(TableScorer(30), DATA)
-    assert score_predictions(path, DATA, protocol).metrics == expected.metrics
+    found = score_predictions(path, DATA, protocol).metrics
+    assert found == {name: value for name, value in expected.metrics.items() if "auc" not in name}
 
 
 def test_our_own_table_is_scored_again(tmp_path, ours):
