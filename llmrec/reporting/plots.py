@@ -179,6 +179,28 @@ def gate_plots(weights: np.ndarray) -> str:
         return _svg(figure, f"Gate weights of {experts} experts over {users} users")
 
 
+def band_plots(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Three views of spectral bands, one group of bars per signal: energy, gate weight, share in the score.
+
+    Args:
+        rows: signal, band (from 1), energy, gate and margin of every band.
+    """
+    signals = list(dict.fromkeys(str(row["signal"]) for row in rows))
+    bands = sorted({int(row["band"]) for row in rows})
+    colours, width = _colours(len(bands)), 0.8 / len(bands)
+    with _style():
+        figure = _figure(10.2, 2.9)
+        views = (("energy", "share of the signal's energy"), ("gate", "mean gate weight"),
+                 ("margin", "what the band adds to a true item's lead"))  # fmt: skip
+        for axes, (name, title) in zip(np.ravel(figure.subplots(1, 3)), views, strict=True):
+            for row in rows:
+                place = signals.index(str(row["signal"])) + (bands.index(int(row["band"])) + 0.5) * width - 0.4
+                axes.bar(place, float(row[name]), width=width * 0.92, color=colours[bands.index(int(row["band"]))])
+            axes.set_xticks(range(len(signals)), signals)
+            _label(axes, title, f"bands 1 to {len(bands)}, low frequencies first")
+        return _svg(figure, f"Spectral bands of {', '.join(signals)}")
+
+
 def row_entropy(weights: np.ndarray) -> np.ndarray:
     """[U] entropy -sum_e w_e ln w_e of each row of [U, E], in nats."""
     return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=1)

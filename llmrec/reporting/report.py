@@ -244,6 +244,7 @@ def _section(section: evaluations.Section, records: Sequence[RunRecord]) -> dict
         "warning": evaluations.sampled_note(section),
         "notes": list(dict.fromkeys(section.notes)),
         "gates": [{**gates, "svg": Markup(gates["svg"])} for gates in section.gates],  # noqa: S704
+        "bands": [{**bands, "svg": Markup(bands["svg"])} for bands in section.bands],  # noqa: S704
         "samples": evaluations.samples(section, datasets[0]) if datasets else [],
     }
 

@@ -23,7 +23,7 @@ from llmrec.evaluation.predictions import load_predictions
 from llmrec.evaluation.protocol import SAMPLED_NOTE
 from llmrec.evaluation.results import EvalResult, check_metric
 from llmrec.evaluation.tables import VALID_RATIO, per_user
-from llmrec.reporting.plots import gate_plots, metric_bars, row_entropy
+from llmrec.reporting.plots import band_plots, gate_plots, metric_bars, row_entropy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +54,7 @@ class Section:
     systems: dict[str, Measured] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
+    bands: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_sections(runs: Mapping[str, Path]) -> list[Section]:
@@ -100,6 +101,8 @@ def _add_evaluation(sections: dict[str, Section], run: str, folder: Path, shared
         section.notes += [f"{name}: {note}" for note in recorded.get("notes", {}).get(result.name, [])]
     if section is not None and (folder / "gates.parquet").is_file():
         section.gates.append({"run": run, **read_gates(folder / "gates.parquet")})
+    if section is not None and (folder / "bands.json").is_file():
+        section.bands.append({"run": run, **read_bands(folder / "bands.json")})
 
 
 def _metrics(
@@ -239,6 +242,19 @@ def read_gates(path: Path) -> dict[str, Any]:
         "entropy": entropy,
         "uniform_entropy": math.log(len(experts)),
     }
+
+
+def read_bands(path: Path) -> dict[str, Any]:
+    """Drawing and rows of bands.json: what each spectral band of each signal holds and gives (SSR).
+
+    Raises:
+        DataError: The file is not of that shape.
+    """
+    rows = read_json(path).get("bands")
+    fields = {"signal", "band", "from", "to", "energy", "gate", "margin"}
+    if not isinstance(rows, list) or not rows or any(not fields <= row.keys() for row in rows):
+        raise DataError("not a record of bands", file=path, expected=f"a list of {', '.join(sorted(fields))}")
+    return {"svg": band_plots(rows), "rows": rows}
 
 
 def samples(section: Section, dataset: InteractionDataset) -> list[dict[str, Any]]:

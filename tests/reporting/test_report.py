@@ -259,6 +259,24 @@ def test_gate_table_of_another_shape_is_refused(tmp_path: Path) -> None:
         write_report([run], tmp_path / "page.html")
 
 
+def test_spectral_bands_are_drawn_and_listed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"ssr": 0.5}, FULL)
+    rows = [
+        {"signal": signal, "band": band, "from": band - 1.0, "to": float(band), "energy": 0.5, "gate": 0.25 * band,
+         "margin": 0.125 if signal == EVIL else 0.375}
+        for signal in ("identity", EVIL) for band in (1, 2)
+    ]  # fmt: skip
+    path = RunDir(run).evaluation(FULL.slug) / "bands.json"
+    write_json(path, {"bands": rows})
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Spectral bands of" in page and page.count("<td>0.375</td>") + page.count("<td>0.3750</td>") == 2
+    assert EVIL not in page, "names from files are shown, never run"
+    write_json(path, {"bands": [{"signal": "identity"}]})
+    with pytest.raises(DataError, match="not a record of bands"):
+        write_report([run], tmp_path / "page.html")
+
+
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r"llmrec\[report\]"):

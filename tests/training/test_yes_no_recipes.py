@@ -13,9 +13,12 @@ from safetensors import safe_open
 from llmrec.cli import main
 from llmrec.data.dataset import InteractionDataset
 from llmrec.data.prepare import PrepareOptions, prepare_source
+from llmrec.data.summaries import read_summaries
 from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.recipe import parse_recipe
+from llmrec.recommender import question_parts
 from llmrec.training.stages import evaluate_run, open_run, run_recipe
+from tests.fixtures.vision import tiny_vlm
 
 STAGE = {"train": "tuner", "max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "no", "logging_steps": 1}
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -82,6 +85,28 @@ def test_6_pictures_are_shown_and_the_vision_tower_is_left_alone(shop: Path, tmp
         assert any("vision" in name for name in file.keys()), "where it is asked for"  # noqa: SIM118
 
 
+def test_11_each_switch_changes_its_own_part(shop: Path) -> None:
+    """Summaries on or off, texts of items on or off, the candidate's picture on or off."""
+    dataset = InteractionDataset.load(shop / "data")
+    _, processor = tiny_vlm()
+    known = read_summaries(shop / "texts", dataset).by_target(dataset)
+    rows = dataset.histories("test", 6)
+    row = next(row for row in map(rows.__getitem__, range(30)) if (row["user_id"], len(row["seen"])) in known)
+    words = {}
+    for name, pairs in {
+        "plain": {}, "summary": {"summaries": str(shop / "texts")}, "text": {"item_text": "{description}"},
+        "picture": {"pictures": True},
+    }.items():  # fmt: skip
+        recipe = parse_recipe(raw(shop, pairs, llm={"model": "tiny-vlm"}))
+        writer = question_parts(recipe, dataset, processor.tokenizer, processor)["renderer"]
+        pair = writer.encode(row["item_ids"].tolist(), 3, preference=writer.preference_of(row))
+        words[name] = processor.tokenizer.decode(pair.input_ids).splitlines()
+    plain = words.pop("plain")
+    for name, lines in words.items():
+        assert [line for line in lines if line in plain] == plain, f"{name}: everything else stays"
+        assert len(lines) == len(plain) + 1, f"{name}: one line more"
+
+
 def test_summaries_of_other_data_and_pictures_that_are_not_there(shop: Path, tmp_path: Path) -> None:
     other = prepare_source("synthetic", PrepareOptions(source_options={"users": 12, "items": 20})).dataset
     other.save(tmp_path / "other")
@@ -133,5 +158,6 @@ def test_check_says_what_a_real_vision_model_needs(shop: Path, tmp_path: Path, c
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert main(["check", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    stage = record["memory"]["stages"][0] if "memory" in record else record
-    assert "GiB" in json.dumps(record) or stage
+    assert record["llm parameters"] > 6e9 and record["memory"]["bytes"]["weights"] > 12 * 2**30, "bfloat16 weights of 7B"
+    assert record["trainable in the LLM"] == 32 * 2 * 4 * (4096 + 4096), "32 layers, two matrices each, none elsewhere"
+    assert "[picture]" in record["prompt"]
