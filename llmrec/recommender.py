@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec.errors import CheckpointError, DataError
+from llmrec.errors import CheckpointError, DataError, RecipeError
 from llmrec.run_dir import RunDir
 from llmrec.run_loading import check_dataset, find_run, load_dataset, refuse_code
 
@@ -453,6 +453,11 @@ def load_system(
     Raises:
         CheckpointError: The asked part was not trained yet, or the data set is another one.
     """
+    if recipe.describes:
+        raise RecipeError(
+            f"{run.root} taught a model to describe pictures; it ranks nothing. Its model writes texts of items: "
+            f"llmrec summarize DIR --items item_vision --model {run.model} --out FOLDER"
+        )
     check_dataset(run, recipe, dataset)
     encoder = load_encoder(run.encoder, recipe) if (run.encoder / "config.json").is_file() else None
     speaks = recipe.head is not None or (recipe.llm is not None and recipe.prompt is not None)

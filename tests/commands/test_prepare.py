@@ -46,6 +46,15 @@ class TestPrepare:
         assert any(note.startswith("leave_one_out:") for note in record["notes"])
         assert (tmp_path / "d" / "README.md").read_text().startswith("---\n")
 
+    def test_options_of_a_generated_source(self, tmp_path, capsys):
+        words = ["prepare", "synthetic", "--set", "users=12", "--set", "items=9", "--out", tmp_path / "d", "--json"]
+        status, out, _ = run(capsys, *words)
+        assert status == 0 and (json.loads(out)["users"], json.loads(out)["items"]) == (12, 9)
+        status, _, err = run(capsys, "prepare", "synthetic", "--set", "user=12", "--out", tmp_path / "e")
+        assert status == 2 and "users" in err
+        status, _, err = run(capsys, "prepare", write_csv(tmp_path), "--set", "users=12", "--out", tmp_path / "f")
+        assert status == 2 and "has no option 'users'" in err
+
     def test_the_table_shows_columns_counts_and_the_warning(self, tmp_path, capsys):
         status, out, _ = run(capsys, "prepare", write_csv(tmp_path), "--out", tmp_path / "d")
         assert status == 0

@@ -31,7 +31,7 @@ from llmrec.training.describing import (
     question_of,
     words_named,
 )  # fmt: skip
-from llmrec.training.stages import run_recipe
+from llmrec.training.stages import open_run, run_recipe
 from tests.fixtures.vision import drawn, shared_vlm, tiny_vlm
 
 SOURCE = {"users": 30, "items": 120, "images": True, "visual_taste": 1.0, "seed": 3}
@@ -199,6 +199,8 @@ def test_a_run_leaves_a_plain_model_descriptions_and_metrics(runs: Path) -> None
     again = judge(PictureDescriber(model, processor), held_out, record["question"], 10)[0]
     keys = [dataset.item_keys[held_out[i].item] for i in range(8)]
     assert again == [told["description"][told["item"].index(key)] for key in keys]
+    with pytest.raises(RecipeError, match="it ranks nothing. Its model writes texts of items: llmrec summarize"):
+        open_run(run, say=lambda line: None)
     done = run / "stages/1-llm/done.json"
     before = done.stat().st_mtime_ns
     assert run_recipe(recipe, run, say=lambda line: None) == record  # a finished stage is not trained again

@@ -158,6 +158,6 @@ def test_check_says_what_a_real_vision_model_needs(shop: Path, tmp_path: Path, c
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert main(["check", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["llm parameters"] > 6e9 and record["memory"]["bytes"]["weights"] > 12 * 2**30, "bfloat16 weights of 7B"
+    assert record["llm parameters"] > 6e9 and record["memory"]["bytes"]["weights"] > 12 * 2**30, "7B in bfloat16"
     assert record["trainable in the LLM"] == 32 * 2 * 4 * (4096 + 4096), "32 layers, two matrices each, none elsewhere"
     assert "[picture]" in record["prompt"]
