@@ -163,10 +163,10 @@ def _load_processor(target: str, config: Any, revision: str | None) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     kind: Any = PROCESSOR_MAPPING.get(type(config), None)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    options: dict[str, Any] = {"revision": revision}
     parts = () if kind is None else tuple(kind.get_attributes())
     if "video_processor" not in parts or util.find_spec("torchvision") is not None:
-        return AutoProcessor.from_pretrained(target, backend="pil", **options)
+        return AutoProcessor.from_pretrained(target, backend="pil", trust_remote_code=False, **options)
     known = {
         "tokenizer": AutoTokenizer,
         "image_processor": AutoImageProcessor,
@@ -176,7 +176,9 @@ def _load_processor(target: str, config: Any, revision: str | None) -> Any:
         raise ValueError(f"its processor needs {', '.join(unknown)}, which this release does not make")
     record, _ = kind.get_processor_dict(target, revision=revision)
     made = [
-        known[part].from_pretrained(target, **options, **({"backend": "pil"} if part == "image_processor" else {}))
+        known[part].from_pretrained(
+            target, trust_remote_code=False, **options, **({"backend": "pil"} if part == "image_processor" else {})
+        )
         for part in parts
     ]
     # The check of the parts' classes looks through video processors, none of which can be imported.
