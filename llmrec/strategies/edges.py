@@ -6,8 +6,8 @@ averaged over the training pairs (u, i+) of a batch of windows, plus what the en
 K = 1 is SSR's L_BCE. Pairs are what windows supervise: every training event but a user's first, which is an edge of the
 graph and no positive here. A sampled item that is itself an edge of the user does not count as a negative (ours).
 
-Positives are scored by the nodes of the users themselves, which the graph pass has seen with these edges; the
-evaluation asks for the state of a new node instead, and never has the target among its edges.
+Whether the user of a pair is its own node, which the graph pass has seen with these edges, or a new node without the
+pair's link, is the encoder's option. Evaluation always reads a new node, and never has the target among its edges.
 """
 
 from __future__ import annotations
