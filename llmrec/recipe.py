@@ -7,6 +7,7 @@ head, stages, evaluate, report.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -631,6 +632,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def part_seed(seed: int, part: str) -> int:
+    """Seed of one part of a run (encoder, item_tokenizer, stage-1, ...), from the recipe's seed and the part's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:4], "little")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -15,7 +15,6 @@ A recipe with the same seed and features would fit the very same codes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -166,14 +165,15 @@ def _fit(
 
     from llmrec.commands.output import note
     from llmrec.llm.loading import own_device
+    from llmrec.recipe import part_seed
     from llmrec.training.item_codes import fit_item_tokenizer, make_item_features
 
     began = time.monotonic()
-    seed = _seed_of(args.seed, "item_features")
+    seed = part_seed(args.seed, "item_features")
     features = make_item_features(levels, dataset, seed=seed, device=own_device())
     seconds = time.monotonic() - began
     tokenizer = fit_item_tokenizer(
-        spec, features, dataset, out, seed=_seed_of(args.seed, "item_tokenizer"), say=note, seconds_before=seconds
+        spec, features, dataset, out, seed=part_seed(args.seed, "item_tokenizer"), say=note, seconds_before=seconds
     )
     made_from = _complete_record(out, args.seed, levels)
     codes = tokenizer.codes[1:].numpy()
@@ -193,11 +193,6 @@ def _fit(
         "files": sorted(path.name for path in out.iterdir()),
         "recipe": {"item_tokenizer": {"type": spec.type, "pretrained": args.out}},
     }  # fmt: skip
-
-
-def _seed_of(seed: int, part: str) -> int:
-    """Seed of one part as a run derives it (`llmrec.training.stages.Run.seed_of`), so that the codes are the same."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:4], "little")
 
 
 def _complete_record(folder: Path, seed: int, features: ItemFeaturesSpec) -> dict[str, Any]:

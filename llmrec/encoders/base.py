@@ -26,13 +26,13 @@ from llmrec.blocks.graph_signals import Kept, SparseSymmetric, new_nodes, runnin
 from llmrec.blocks.interleaving import POSITIVE, action_ids, interleave, item_places, known_actions, token_lengths
 from llmrec.blocks.multi_hot import multi_hot, running_multi_hot
 from llmrec.blocks.readout import gather_last, top_items
-from llmrec.data.graph import UserItemGraph, content_signals
 from llmrec.data.schema import Ranking
 from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from llmrec.data.graph import UserItemGraph
     from llmrec.data.schema import DataContext, SequenceBatch
 
 
@@ -465,6 +465,8 @@ class GraphEncoder(SequenceEncoder):
         Raises:
             DataError: The events or features belong to another catalogue, or there are none.
         """
+        from llmrec.data.graph import UserItemGraph, content_signals  # scipy: needed by graph encoders alone
+
         assert isinstance(config, GraphEncoderConfig)
         check_same_catalogue(config, context)
         graph = UserItemGraph.from_context(context)

@@ -10,17 +10,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from llmrec.blocks.trie import PrefixTrie
 from llmrec.errors import CheckpointError, RecipeError
 from llmrec.item_tokenizers.base import code_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
-    from torch import Tensor
 
     from llmrec.data.schema import DataContext, Ranking, SequenceBatch
     from llmrec.item_tokenizers.base import ItemTokenizer
@@ -102,6 +102,47 @@ class GenerativeHead(PreTrainedModel, ABC):
         generator: torch.Generator | None = None,
     ) -> Ranking:
         """The k best items; `beams` for code decoders, `steps` and `generator` for samplers."""
+
+
+class CodeHeadConfig(GenerativeHeadConfig):
+    """Fields of heads that write item codes: `level_sizes`, codes per level; set from the item tokenizer."""
+
+    model_type = "llmrec_code_head"
+
+    level_sizes: list[int] | None = None
+
+
+class CodeHead(GenerativeHead):
+    """Base, named before `GenerativeHead`, of heads that write item codes.
+
+    Buffers: `codes` [I+1, M], those of the item tokenizer; `popularity` [I+1], which orders items that share a code.
+    """
+
+    needs_tokenizer: ClassVar[bool] = True
+
+    config: CodeHeadConfig
+    codes: Tensor
+    popularity: Tensor
+
+    def __init__(self, config: CodeHeadConfig) -> None:
+        super().__init__(config)
+        rows = config.num_items + 1
+        self.register_buffer("codes", torch.full((rows, len(config.level_sizes or [1])), -1))
+        self.register_buffer("popularity", torch.zeros(rows))
+        self._trie: PrefixTrie | None = None
+
+    def take_codes(self, tokenizer: ItemTokenizer, context: DataContext) -> None:
+        """Fill the buffers of a fresh head."""
+        self.codes.copy_(tokenizer.codes)
+        self.popularity.copy_(torch.from_numpy(context.train_counts))
+
+    @property
+    def trie(self) -> PrefixTrie:
+        """The catalogue as a trie, on the head's device."""
+        if self._trie is None or self._trie.code.device != self.codes.device:
+            trie = PrefixTrie.build(self.codes.cpu(), tuple(self.config.level_sizes or ()), self.popularity.cpu())
+            self._trie = trie.to(self.codes.device)
+        return self._trie
 
 
 def check_codes(config: GenerativeHeadConfig, tokenizer: ItemTokenizer | None) -> ItemTokenizer:

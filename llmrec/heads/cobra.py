@@ -43,10 +43,17 @@ from llmrec.blocks.attention import attend
 from llmrec.blocks.beam_search import alive_nodes, allowed_items, beam_search, recommend_codes
 from llmrec.blocks.feedforward import FeedForward
 from llmrec.blocks.readout import gather_last, padding_mask, top_items
-from llmrec.blocks.trie import PrefixTrie
 from llmrec.data.schema import Ranking
 from llmrec.errors import DataError, RecipeError
-from llmrec.heads.base import GenerativeHead, GenerativeHeadConfig, HeadOutput, check_codes, register
+from llmrec.heads.base import (
+    CodeHead,
+    CodeHeadConfig,
+    GenerativeHead,
+    GenerativeHeadConfig,
+    HeadOutput,
+    check_codes,
+    register,
+)
 from llmrec.paper import Paper
 
 if TYPE_CHECKING:
@@ -70,7 +77,7 @@ _PAIRS = 1 << 14  # pairs of vectors compared at once
 _ITEMS = 1 << 10  # texts encoded at once
 
 
-class COBRAConfig(GenerativeHeadConfig):
+class COBRAConfig(CodeHeadConfig):
     """Options of the head.
 
     Args:
@@ -116,7 +123,6 @@ class COBRAConfig(GenerativeHeadConfig):
     beams: int = 50
     neighbours: int = 50
     initializer_range: float = 0.02
-    level_sizes: list[int] | None = None
     text_vocab: int = 1
     text_length: int = 1
     text_width: int = 1
@@ -160,17 +166,14 @@ class COBRAConfig(GenerativeHeadConfig):
         return self.depth + self.has_vectors
 
 
-class COBRAHead(GenerativeHead):
+class COBRAHead(CodeHead, GenerativeHead):
     """See the module; a `Recommender` and a `CandidateScorer`."""
 
     config_class = COBRAConfig
     config: COBRAConfig
-    needs_tokenizer: ClassVar[bool] = True
     reads_item_features: ClassVar[bool] = True
     supervises: ClassVar[str] = "all"
 
-    codes: Tensor
-    popularity: Tensor
     text_ids: Tensor
     text_vectors: Tensor
 
@@ -193,9 +196,6 @@ class COBRAHead(GenerativeHead):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(width)
-        self.register_buffer("codes", torch.full((rows, len(config.level_sizes or [1])), -1))
-        self.register_buffer("popularity", torch.zeros(rows))
-        self._trie: PrefixTrie | None = None
         self._catalogue: tuple[Any, Tensor, Tensor] | None = None
         self._dense_weight = 1.0
         self.post_init()
@@ -227,21 +227,12 @@ class COBRAHead(GenerativeHead):
         config.level_sizes = list(tokenizer.level_sizes)
         texts = _item_texts(config, context) if config.has_vectors else None
         head = cls(config)
-        head.codes.copy_(tokenizer.codes)
-        head.popularity.copy_(torch.from_numpy(context.train_counts))
+        head.take_codes(tokenizer, context)
         if texts is not None:
             (head.text_vectors if config.text_encoder == "embedding" else head.text_ids).copy_(texts)
         return head
 
     # Items -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def trie(self) -> PrefixTrie:
-        """The catalogue as a trie, on the head's device."""
-        if self._trie is None or self._trie.code.device != self.codes.device:
-            trie = PrefixTrie.build(self.codes.cpu(), tuple(self.config.level_sizes or ()), self.popularity.cpu())
-            self._trie = trie.to(self.codes.device)
-        return self._trie
 
     def encode(self, item_ids: Tensor) -> Tensor:
         """Item vectors v: [n] -> [n, D]."""

@@ -26,10 +26,17 @@ from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5Model
 
 from llmrec.blocks.beam_search import recommend_codes
 from llmrec.blocks.readout import padding_mask, top_items
-from llmrec.blocks.trie import PrefixTrie
 from llmrec.data.schema import Ranking
 from llmrec.errors import RecipeError
-from llmrec.heads.base import GenerativeHead, GenerativeHeadConfig, HeadOutput, check_codes, register
+from llmrec.heads.base import (
+    CodeHead,
+    CodeHeadConfig,
+    GenerativeHead,
+    GenerativeHeadConfig,
+    HeadOutput,
+    check_codes,
+    register,
+)
 from llmrec.paper import Paper
 
 if TYPE_CHECKING:
@@ -41,7 +48,7 @@ PAPER = Paper(
 )
 
 
-class TIGERConfig(GenerativeHeadConfig):
+class TIGERConfig(CodeHeadConfig):
     """Options of the head.
 
     Args:
@@ -78,7 +85,6 @@ class TIGERConfig(GenerativeHeadConfig):
     user_tokens: int = 0
     random_crop: bool = False
     beams: int | list[int] = 50
-    level_sizes: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -102,16 +108,12 @@ class TIGERConfig(GenerativeHeadConfig):
         return 2 + sum(self.level_sizes or [1]) + self.user_tokens
 
 
-class TIGERHead(GenerativeHead):
+class TIGERHead(CodeHead, GenerativeHead):
     """See the module; a `Recommender` and a `CandidateScorer`."""
 
     config_class = TIGERConfig
     config: TIGERConfig
-    needs_tokenizer: ClassVar[bool] = True
     supervises: ClassVar[str] = "last"
-
-    codes: Tensor
-    popularity: Tensor
 
     def __init__(self, config: TIGERConfig) -> None:
         super().__init__(config)
@@ -133,9 +135,6 @@ class TIGERHead(GenerativeHead):
         self.position_embedding = (
             nn.Embedding(config.max_history + 1, config.hidden_size) if config.item_positions else None
         )
-        self.register_buffer("codes", torch.full((config.num_items + 1, depth), -1))
-        self.register_buffer("popularity", torch.zeros(config.num_items + 1))
-        self._trie: PrefixTrie | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -154,19 +153,10 @@ class TIGERHead(GenerativeHead):
             expected = f"one width, or one for each of {len(config.level_sizes)} levels"
             raise RecipeError(f"head.beams: found {config.beams}, expected {expected}")
         head = cls(config)
-        head.codes.copy_(tokenizer.codes)
-        head.popularity.copy_(torch.from_numpy(context.train_counts))
+        head.take_codes(tokenizer, context)
         return head
 
     # Reading and writing ---------------------------------------------------------------------------------------------
-
-    @property
-    def trie(self) -> PrefixTrie:
-        """The catalogue as a trie, on the head's device."""
-        if self._trie is None or self._trie.code.device != self.codes.device:
-            trie = PrefixTrie.build(self.codes.cpu(), tuple(self.config.level_sizes or ()), self.popularity.cpu())
-            self._trie = trie.to(self.codes.device)
-        return self._trie
 
     def _tokens(self, codes: Tensor) -> Tensor:
         """Codes [..., m <= H] from the first level -> embedding rows; -1 gives padding."""

@@ -67,7 +67,7 @@ def load_language_model(
     name_processor_to_deepspeed()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    target = _locate(name_or_path)
+    target = locate(name_or_path)
     home = own_device() if device is None else torch.device(device)
     compute = choose_dtype(dtype, home)
     extra = quantised_arguments(quantize, compute, home)
@@ -75,7 +75,7 @@ def load_language_model(
         config = AutoConfig.from_pretrained(target, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
         keep_layers(config, num_layers)
-        with _quiet(num_layers is not None):
+        with quiet(num_layers is not None):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 target, config=config, revision=revision, dtype=compute, attn_implementation="sdpa",
                 trust_remote_code=False, use_safetensors=True, **extra,
@@ -90,7 +90,7 @@ def load_language_model(
         prepare_quantised(model, compute)
     elif device is not None:
         model = model.to(device)
-    _add_padding(model, tokenizer)
+    add_padding(model, tokenizer)
     model.llmrec_base_name = str(name_or_path)
     return model.eval(), tokenizer
 
@@ -137,7 +137,12 @@ def fast_bfloat16(device: str | torch.device = "cpu") -> bool:
     return bool(flags) and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.group(1).split()))  # type: ignore[union-attr]
 
 
-def _locate(name_or_path: str | Path) -> str:
+def locate(name_or_path: str | Path) -> str:
+    """What transformers is told to load: the folder, the download of that name, or the hub id itself.
+
+    Raises:
+        CheckpointError: It reads like a folder, and there is none.
+    """
     name = str(name_or_path)
     if Path(name).is_dir():
         return name
@@ -166,7 +171,8 @@ def keep_layers(config: Any, num_layers: int | None) -> None:
 
 
 @contextmanager
-def _quiet(needed: bool) -> Iterator[None]:
+def quiet(needed: bool) -> Iterator[None]:
+    """Keep transformers from reporting layers that were left out on purpose."""
     # The layers left out are reported as unexpected weights, which is what was asked for.
     from transformers.utils import logging
 
@@ -179,7 +185,12 @@ def _quiet(needed: bool) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _add_padding(model: Any, tokenizer: Any) -> None:
+def add_padding(model: Any, tokenizer: Any) -> None:
+    """Give a tokenizer without padding its end-of-text token for it, and tell the model.
+
+    Raises:
+        CheckpointError: It has neither.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise CheckpointError("the tokenizer has neither a padding nor an end-of-text token; expected one of them")

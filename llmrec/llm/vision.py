@@ -35,13 +35,13 @@ from llmrec.errors import CheckpointError, DataError, DependencyError, RecipeErr
 from llmrec.llm.continuing import control_words, undated
 from llmrec.llm.loading import (
     Dtype,
-    _add_padding,
-    _locate,
-    _quiet,
+    add_padding,
     choose_dtype,
     keep_layers,
+    locate,
     name_processor_to_deepspeed,
     own_device,
+    quiet,
 )
 from llmrec.llm.quantized import Quantize, prepare_quantised, quantised_arguments
 
@@ -87,7 +87,7 @@ def load_vision_model(
         raise DependencyError("PIL", extra="vision", purpose="preparing pictures for a vision-language model")
     from transformers import AutoModelForImageTextToText
 
-    target = _locate(name_or_path)
+    target = locate(name_or_path)
     home = own_device() if device is None else torch.device(device)
     compute = choose_dtype(dtype, home)
     extra = quantised_arguments(quantize, compute, home)
@@ -100,7 +100,7 @@ def load_vision_model(
     try:
         processor = _load_processor(target, config, revision)
         keep_layers(config.get_text_config(), num_layers)
-        with _quiet(num_layers is not None):
+        with quiet(num_layers is not None):
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 target, config=config, revision=revision, dtype=compute, attn_implementation="sdpa",
                 trust_remote_code=False, use_safetensors=True, **extra,
@@ -111,7 +111,7 @@ def load_vision_model(
         prepare_quantised(model, compute)
     elif device is not None:
         model = model.to(device)
-    _add_padding(model, processor.tokenizer)
+    add_padding(model, processor.tokenizer)
     model.llmrec_base_name = str(name_or_path)
     return model.eval(), processor
 
@@ -122,7 +122,7 @@ def is_vision_model(name_or_path: str | Path, revision: str | None = None) -> bo
     Raises:
         CheckpointError: There is no configuration of that name.
     """
-    return reads_pictures(_read_config(name_or_path, _locate(name_or_path), revision))
+    return reads_pictures(_read_config(name_or_path, locate(name_or_path), revision))
 
 
 def _read_config(name_or_path: str | Path, target: str, revision: str | None) -> Any:

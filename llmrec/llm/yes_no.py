@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PAPER = Paper(
     title="Harnessing Multimodal Large Language Models for Multimodal Sequential Recommendation",
     venue="AAAI 2025",
+    url_id="2408.09698",
     system="MLLM-MSR",
 )
 USERS_AT_ONCE = 8

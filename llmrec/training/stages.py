@@ -28,7 +28,7 @@ from llmrec.evaluation.pointwise import rate_results
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
 from llmrec.llm.loading import name_processor_to_deepspeed, own_device
-from llmrec.recipe import EvaluateSpec, Recipe, StageSpec
+from llmrec.recipe import EvaluateSpec, Recipe, StageSpec, part_seed
 from llmrec.recommender import (
     load_base_model,
     load_encoder,
@@ -92,8 +92,7 @@ class Run:
 
     def seed_of(self, part: str) -> int:
         """Seed of one part of the run, derived from the recipe's seed and the part's name."""
-        digest = hashlib.sha256(f"{self.recipe.seed}/{part}".encode()).digest()
-        return int.from_bytes(digest[:4], "little")
+        return part_seed(self.recipe.seed, part)
 
 
 def run_recipe(
