@@ -74,8 +74,7 @@ class PrepareOptions:
         format: Source kind; None looks at the file names.
         on_bad_rows: "stop" at the first bad row, or "quarantine" bad rows and go on.
         engine: Where the expressions run.
-        source_options: Options of a generated source (users, items, events_per_user, seed, images, visual_taste,
-            taste_drift of "synthetic").
+        source_options: Options of a generated source, such as users, items and seed of "synthetic".
     """
 
     min_user: int = 1

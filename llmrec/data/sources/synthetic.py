@@ -59,6 +59,8 @@ class SyntheticSource(Source):
         visual_taste: Share of the users who prefer a shape or a colour, 0 to 1. Above 0 the pictures show `look_of`,
             which no text tells.
         taste_drift: Share of those whose preferred look changes in the second half of the history.
+        shuffle_pictures: Deal the pictures out to the items anew, everything else as it is: a control in which no
+            picture tells anything about its item.
     """
 
     users: int = 500
@@ -68,6 +70,7 @@ class SyntheticSource(Source):
     images: bool = False
     visual_taste: float = 0.0
     taste_drift: float = 0.0
+    shuffle_pictures: bool = False
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -89,6 +92,8 @@ class SyntheticSource(Source):
         self._check_tastes()
         streams = self._streams()
         catalogue = self._catalogue(streams[0])
+        if self.shuffle_pictures:
+            catalogue = _with_dealt_pictures(catalogue, streams[5])
         walk = self._walk(streams[3], streams[4]) if self.visual_taste else None
         events = self._events(streams[1], streams[2], walk)
         raw, items = (
@@ -100,6 +105,7 @@ class SyntheticSource(Source):
         if self.visual_taste:
             note += f"; {self.visual_taste:.0%} of the users prefer a look that only the pictures show"
             note += f", which changes for {self.taste_drift:.0%} of these" if self.taste_drift else ""
+        note += "; pictures dealt out anew, so they tell nothing" if self.shuffle_pictures else ""
         return RawTables(
             interactions=raw.select(**keys, **{c: raw[c] for c in raw.columns[2:]}), items=items, notes=(note,)
         )
@@ -131,10 +137,12 @@ class SyntheticSource(Source):
             raise RecipeError("synthetic source: visual_taste shows in pictures only; expected images: true beside it")
         if self.taste_drift and not self.visual_taste:
             raise RecipeError("synthetic source: taste_drift changes a visual taste; expected visual_taste above 0")
+        if self.shuffle_pictures and not self.images:
+            raise RecipeError("synthetic source: shuffle_pictures without pictures; expected images: true beside it")
 
     def _streams(self) -> list[np.random.Generator]:
-        """Random numbers of catalogue, events, times, tastes and looks; a later stream changes no earlier one."""
-        return [np.random.default_rng(stream) for stream in np.random.SeedSequence(self.seed).spawn(5)]
+        """Random numbers of catalogue, events, times, tastes, looks and dealing; a later one changes no earlier one."""
+        return [np.random.default_rng(stream) for stream in np.random.SeedSequence(self.seed).spawn(6)]
 
     def _tastes(self, generator: np.random.Generator, looks: np.ndarray) -> Tastes:
         return draw_tastes(generator, self.users, looks, self.visual_taste, self.taste_drift)
@@ -236,6 +244,12 @@ class SyntheticSource(Source):
         starts = np.searchsorted(user, np.arange(self.users))
         begin = clock.integers(FIRST_TIME, FIRST_TIME + TWO_YEARS, self.users)
         return (begin[user] + total - total[starts][user]).astype(np.int64)
+
+
+def _with_dealt_pictures(catalogue: pa.Table, generator: np.random.Generator) -> pa.Table:
+    place = catalogue.column_names.index("image")
+    dealt = catalogue.column("image").take(pa.array(generator.permutation(len(catalogue))))
+    return catalogue.set_column(place, "image", dealt)
 
 
 def _first_visits(history: np.ndarray) -> np.ndarray:

@@ -82,6 +82,16 @@ def test_no_text_knows_the_look(reader, monkeypatch: pytest.MonkeyPatch) -> None
     assert others.select(texts).equals(items.select(texts)) and not others.equals(items)
 
 
+def test_shuffled_pictures_are_the_same_pictures_of_other_items_and_nothing_else_changes(reader) -> None:
+    (events, items), (same_events, dealt) = (
+        tables(reader, **OPTIONS, visual_taste=0.5, shuffle_pictures=shuffle) for shuffle in (False, True)
+    )
+    assert same_events.equals(events) and dealt.drop_columns("image").equals(items.drop_columns("image"))
+    pictures, others = (table["image"].to_pylist() for table in (items, dealt))
+    assert sorted(others) == sorted(pictures)
+    assert sum(a == b for a, b in zip(pictures, others, strict=True)) < 0.1 * len(pictures)
+
+
 def test_users_with_a_look_choose_by_it_and_the_others_as_ever(reader) -> None:
     source = SyntheticSource(**OPTIONS, visual_taste=0.6)
     truth = {row["user_key"]: row for row in source.tastes().to_pylist()}
@@ -154,8 +164,9 @@ def test_equal_seeds_give_equal_data(reader) -> None:
         ({"visual_taste": 0.5}, "expected images: true"),
         ({"taste_drift": 0.5, "images": True}, "expected visual_taste above 0"),
         ({"taste_drift": -1, "visual_taste": 1, "images": True}, "taste_drift=-1"),
+        ({"shuffle_pictures": True}, "expected images: true"),
     ],
 )
-def test_senseless_tastes(reader, wrong, message) -> None:
+def test_senseless_looks(reader, wrong, message) -> None:
     with pytest.raises(RecipeError, match=message):
         tables(reader, **wrong)
