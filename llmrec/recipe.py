@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llmrec import discovery
 from llmrec.discovery import nearest
@@ -154,6 +154,8 @@ class PairSpec(_Strict):
 
     Args:
         summaries: Folder of `llmrec summarize` whose user texts stand in the questions; null = none.
+        item_title: How items are named, in histories and as candidates: a template over item columns, such as
+            "{title}[ ({release_year})]".
         item_text: More words on the candidate: a template over item columns ("{description}"), or "summary" for the
             item texts of `summaries`; null = none.
         pictures: Show the candidate's picture; takes a vision-language model.
@@ -162,6 +164,7 @@ class PairSpec(_Strict):
     """
 
     summaries: str | None = None
+    item_title: str = "{title}"
     item_text: str | None = None
     pictures: bool = False
     tune_vision: bool = False
@@ -287,6 +290,8 @@ class EvaluateSpec(_Strict):
         baselines: Counting baselines, and "encoder" for the run's own, measured beside the system on the same examples;
             for mode pointwise item_rate, user_rate and item_user_rate.
         max_users: Measure this many users (seeded draw); null = all. Said in the protocol label.
+        slices: Parts of the examples to measure as well, such as "history<=5" or "target_events<=3"
+            (`llmrec.evaluation.slices`).
     """
 
     split: Literal["valid", "test", "test_lapse"] = "test"
@@ -299,7 +304,24 @@ class EvaluateSpec(_Strict):
     remove_seen: bool | None = None
     baselines: list[str] = []
     max_users: int | None = Field(default=None, ge=1)
+    slices: list[str] = []
     batch_size: int = Field(default=128, ge=1)
+
+    @field_validator("slices")
+    @classmethod
+    def _one_spelling(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if value and info.data.get("mode") == "pointwise":
+            raise ValueError("mode pointwise asks about events, not targets; expected mode score or generate")
+        return list(dict.fromkeys(_slice_text(text) for text in value))
+
+
+def _slice_text(text: str) -> str:
+    from llmrec.evaluation.slices import parse_slice
+
+    try:
+        return str(parse_slice(text))
+    except RecipeError as error:
+        raise ValueError(str(error)) from error  # pydantic gathers these; `parse_recipe` adds file and line
 
 
 class ReportSpec(_Strict):

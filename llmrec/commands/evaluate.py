@@ -20,6 +20,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", help="draws of candidates, such as 42,43,44")
     parser.add_argument("--baselines", help="measured beside the system, such as popularity,itemknn,encoder")
     parser.add_argument("--max-users", type=int, help="measure this many users only; the data fingerprint then differs")
+    parser.add_argument(
+        "--slice",
+        dest="slices",
+        action="append",
+        metavar="TEXT",
+        help='measure a part of the examples as well: "history<=5" (events of the user before the target), '
+        '"target_events<=3" (training events of the target), joined by " and "; repeatable (default: the recipe\'s)',
+    )
     parser.add_argument("--launcher", metavar="NAME", help="divide the users over processes, by accelerate launch")
 
 
@@ -34,8 +42,9 @@ def run(args: Namespace) -> int:
 
         relaunch(args.argv, args.launcher)
     from llmrec.commands.output import emit, note
-    from llmrec.evaluation.results import results_table
+    from llmrec.evaluation.results import results_tables
     from llmrec.evaluation.shards import joined
+    from llmrec.recipe import parse_recipe
     from llmrec.training.stages import evaluate_run, open_run
 
     changes: dict[str, Any] = {
@@ -45,10 +54,13 @@ def run(args: Namespace) -> int:
         "seeds": [int(seed) for seed in args.seeds.split(",")] if args.seeds else None,
         "baselines": args.baselines.split(",") if args.baselines else None,
         "max_users": args.max_users,
+        "slices": args.slices,
     }
     with joined():
         opened = open_run(Path(args.run), say=note)
-        spec = opened.recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        record = evaluate_run(opened, type(spec).model_validate(spec.model_dump()), primary=False)
-    emit({**record, "run": args.run}, lambda: results_table(record, spec.metrics), args.as_json)
+        recipe = opened.recipe.model_dump(mode="json")
+        recipe["evaluate"] |= {name: value for name, value in changes.items() if value is not None}
+        spec = parse_recipe(recipe, where=args.run).evaluate
+        record = evaluate_run(opened, spec, primary=False)
+    emit({**record, "run": args.run}, lambda: results_tables(record, spec.metrics), args.as_json)
     return 0

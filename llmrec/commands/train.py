@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
     if recipe.describes:
         from llmrec.training.describing import descriptions_table as table_of
     else:
-        from llmrec.evaluation.results import results_table as table_of
+        from llmrec.evaluation.results import results_tables as table_of
 
     record = run_recipe(
         recipe, folder, say=note, resume=args.resume, force=args.force, publish=_publisher(recipe.report.push_to)

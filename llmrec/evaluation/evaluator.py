@@ -93,7 +93,8 @@ class Evaluator:
         ]
         with _evaluation_mode(recommender):
             measured = [self._measure(job, draw, name) for job, draw in zip(jobs, draws, strict=True)]
-        exact = [job.found.exact for job in jobs if job.found.exact is not None]
+        judged = [job.found.exact for job in jobs if job.found.exact is not None]
+        exact = np.concatenate(judged) if judged else None
         predictions = pa.concat_tables([table for table, _ in measured]).combine_chunks()
         return EvalResult(
             name=name,
@@ -102,13 +103,14 @@ class Evaluator:
                 predictions,
                 protocol,
                 train_counts=dataset.context().train_counts,
-                exact=np.concatenate(exact) if exact else None,
+                exact=exact,
             ),
             protocol=protocol,
             fingerprint=protocol.fingerprint(dataset),
             dataset=dataset.fingerprint,
             users=len(np.unique(examples.users)),
             measured=measured[0][1],
+            exact=exact,
         )
 
     def _run_pointwise(

@@ -22,7 +22,7 @@ from llmrec.evaluation.found import Found, list_ranks, with_drawn_candidates
 from llmrec.evaluation.prediction_files import Answers, read_answers
 from llmrec.evaluation.protocol import EvalProtocol
 from llmrec.evaluation.results import EXACT_RANKS, EvalResult, summarise
-from llmrec.evaluation.tables import SCHEMA, prediction_table, read_info
+from llmrec.evaluation.tables import SCHEMA, example_places, prediction_table, read_info
 
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
@@ -155,12 +155,9 @@ def _score_own(
             f"{path} answers another question: {result.label} [{result.fingerprint}], "
             f"asked for: {protocol.label()} [{wanted}]"
         )
-    order = np.argsort(examples.example_ids, kind="stable")
-    example_ids, targets = (result.predictions.column(c).to_numpy() for c in ("example_id", "target"))
-    place = np.searchsorted(examples.example_ids[order], example_ids).clip(0, len(examples) - 1)
-    same = (examples.example_ids[order][place] == example_ids) & (examples.targets[order][place] == targets)
-    if not same.all() or len(np.unique(example_ids)) != len(examples):
-        raise DataError("targets are not those of the data set", file=path, found=f"{int((~same).sum())} rows differ")
+    answered = len(np.unique(example_places(result.predictions, examples, path)))
+    if answered != len(examples):
+        raise DataError("targets without an answer", file=path, found=f"{answered} of {len(examples)} targets")
     counts = dataset.context().train_counts
     metrics = summarise(result.predictions, protocol, train_counts=counts)
     return replace(result, name=name or result.name, protocol=protocol, metrics=metrics)

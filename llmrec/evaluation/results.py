@@ -18,7 +18,7 @@ from llmrec.evaluation.protocol import SAMPLED_NOTE, EvalProtocol
 from llmrec.evaluation.tables import AUC, FORMAT_VERSION, VALID_RATIO, metric_values, split_metric, write_predictions
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 EXACT_RANKS, ANSWERS, LOGITS = "exact ranks", "answers", "logits"
@@ -43,6 +43,7 @@ class EvalResult:
         users: Number of users.
         measured: "exact ranks", "answers", "logits", or "top-20 lists" where a system only gives lists.
         notes: Remarks, such as rows put aside.
+        exact: [n] bool, generated answers that equal the target's title; None where no answers were judged.
     """
 
     name: str
@@ -54,6 +55,7 @@ class EvalResult:
     users: int
     measured: str = EXACT_RANKS
     notes: tuple[str, ...] = field(default=())
+    exact: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def seed(self) -> int:
@@ -230,8 +232,9 @@ def results_record(results: Mapping[str, EvalResult]) -> dict[str, Any]:
 
 
 def print_results(record: Mapping[str, Any], console: Console, metrics: Sequence[str] | None = None) -> None:
-    """Print `results_table`."""
-    console.print(results_table(record, metrics))
+    """Print `results_tables`."""
+    for part in results_tables(record, metrics):
+        console.print(part)
 
 
 def results_table(record: Mapping[str, Any], metrics: Sequence[str] | None = None) -> Table:
@@ -241,22 +244,53 @@ def results_table(record: Mapping[str, Any], metrics: Sequence[str] | None = Non
         record: From `results_record`.
         metrics: Columns; by default the accuracy metrics at the cut 10 (or the largest) and what answers add.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    cuts = record["protocol_fields"]["ks"]
-    cut = 10 if 10 in cuts else max(cuts)
-    present = list(dict.fromkeys(name for values in record["models"].values() for name in values))
-    usual = ("hr@1", f"hr@{cut}", f"ndcg@{cut}", f"mrr@{cut}", f"coverage@{cut}", VALID_RATIO, "exact_match")
-    shown = list(metrics or [name for name in dict.fromkeys(usual) if name in present] or present)
     caption = f"{record['protocol']}; {record['users']} users, 95% intervals; fingerprint {record['fingerprint']}"
     if "warning" in record:
         caption += f"\n{record['warning']}"
-    table = Table(caption=Text(caption), caption_justify="left")
+    return _systems_table(record, record["models"], metrics, caption=Text(caption), caption_justify="left")
+
+
+def results_tables(record: Mapping[str, Any], metrics: Sequence[str] | None = None) -> list[RenderableType]:
+    """`results_table`, and below it a table for each slice; an empty slice is said in words."""
+    from rich.text import Text
+
+    shown: list[RenderableType] = [results_table(record, metrics)]
+    for text, part in record.get("slices", {}).items():
+        title = Text(f"slice {text}: {part['users']} users, {part['examples']} examples")
+        present = _present(part["models"])
+        names = [name for name in metrics or () if name in present]  # figures of the whole catalogue have no slices
+        shown.append(
+            _systems_table(record, part["models"], names, title=title, title_justify="left")
+            if part["models"]
+            else Text(f"slice {text}: no example of split {record['protocol_fields']['split']} lies in it")
+        )
+    return shown
+
+
+def _present(models: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    return list(dict.fromkeys(name for values in models.values() for name in values))
+
+
+def _systems_table(
+    record: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Estimate]],
+    metrics: Sequence[str] | None,
+    **options: Any,
+) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    cuts, present = record["protocol_fields"]["ks"], _present(models)
+    cut = 10 if 10 in cuts else max(cuts)
+    usual = ("hr@1", f"hr@{cut}", f"ndcg@{cut}", f"mrr@{cut}", f"coverage@{cut}", VALID_RATIO, "exact_match")
+    shown = list(metrics or [name for name in dict.fromkeys(usual) if name in present] or present)
+    table = Table(**options)
     table.add_column("system", overflow="fold")
     for name in shown:
         table.add_column(name, justify="right")
-    for system, values in record["models"].items():
+    for system, values in models.items():
         measured = record["measured"].get(system, EXACT_RANKS)
         marked = system if measured in USUAL else f"{system} (by {measured})"
         table.add_row(Text(marked), *(_cell(values.get(name)) for name in shown))

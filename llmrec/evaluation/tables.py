@@ -33,6 +33,7 @@ from llmrec.evaluation.metrics import hit_rate, list_auc, ndcg, reciprocal_rank
 
 if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
+    from llmrec.data.sequences import SequenceExamples
 
 FORMAT_VERSION = 1
 SCHEMA = pa.schema(
@@ -114,6 +115,25 @@ def _lists(items: np.ndarray, scores: np.ndarray) -> list[pa.Array]:
         pa.ListArray.from_arrays(offsets, pa.array(values[inside].astype(kind)))
         for values, kind in ((items, np.int32), (scores, np.float32))
     ]
+
+
+def example_places(table: pa.Table, examples: SequenceExamples, file: Path | None = None) -> np.ndarray:
+    """[n] int64 place of each row's example among `examples`.
+
+    Args:
+        table: Per-user table.
+        examples: Examples of one split with ascending `example_ids`, as a data set gives them.
+        file: Where the table was read from, for the message.
+
+    Raises:
+        DataError: A row's example is not among them, or has another target.
+    """
+    example_ids, targets = (table.column(name).to_numpy() for name in ("example_id", "target"))
+    places = np.searchsorted(examples.example_ids, example_ids).clip(0, len(examples) - 1)
+    same = (examples.example_ids[places] == example_ids) & (examples.targets[places] == targets)
+    if not same.all():
+        raise DataError("targets are not those of the data set", file=file, found=f"{int((~same).sum())} rows differ")
+    return places
 
 
 def split_metric(name: str) -> tuple[str, int | None]:

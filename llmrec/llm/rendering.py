@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from llmrec.data.instructions import InstructionCollator, InstructionExamples
-from llmrec.data.item_text import level_texts, title_texts
+from llmrec.data.item_text import ItemTextSpec, level_texts, title_texts
 from llmrec.data.pairs import PairEncoder, PairOptions
 from llmrec.data.prompt_encoder import PromptEncoder, PromptOptions
 from llmrec.errors import RecipeError
@@ -111,6 +111,5 @@ def pair_encoder(
         texts = [(item_texts or {}).get(item, "") for item in range(dataset.num_items + 1)]
     elif pairs.item_text is not None:
         texts = level_texts(dataset, pairs.item_text)
-    return PairEncoder(
-        title_texts(dataset), options, tokenizer, texts=texts, preferences=preferences, image_ids=image_ids
-    )
+    titles = title_texts(dataset, ItemTextSpec(template=pairs.item_title))
+    return PairEncoder(titles, options, tokenizer, texts=texts, preferences=preferences, image_ids=image_ids)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmrec.data.dataset import InteractionDataset
 
 TEMPLATES = Path(__file__).parent / "templates"
-_RECORDED = ("protocol", "fingerprint", "users", "metrics", "test_metric", "tests", "notes")
+_RECORDED = ("protocol", "fingerprint", "users", "metrics", "slices", "test_metric", "tests", "notes")
 _PARTS = ("encoder", "tuner", "head", "item_tokenizer", "summarizer")
 
 
@@ -238,6 +238,7 @@ def _section(section: evaluations.Section, records: Sequence[RunRecord]) -> dict
         "seeds": ", ".join(map(str, first.protocol.seeds)),
         "names": evaluations.shown_metrics(section),
         "metrics": {name: system.metrics for name, system in section.systems.items()},
+        "slices": evaluations.slices(section),
         "bars": Markup(evaluations.bars(section)),  # noqa: S704
         "test_metric": metric,
         "tests": tests,

@@ -52,6 +52,7 @@ class Section:
     label: str
     sampled: bool
     systems: dict[str, Measured] = field(default_factory=dict)
+    slices: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
     bands: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +100,7 @@ def _add_evaluation(sections: dict[str, Section], run: str, folder: Path, shared
         if result.label != result.protocol.label():
             section.notes.append(f"{name} was measured by {result.measured}")
         section.notes += [f"{name}: {note}" for note in recorded.get("notes", {}).get(result.name, [])]
+        _add_slices(section, recorded, result.name, name)
     if section is not None and (folder / "gates.parquet").is_file():
         section.gates.append({"run": run, **read_gates(folder / "gates.parquet")})
     if section is not None and (folder / "bands.json").is_file():
@@ -120,6 +122,27 @@ def _metrics(
             f"{name}: metrics.json says otherwise for {', '.join(differing)}; shown is what the predictions give"
         )
     return {**result.metrics, **{metric: value for metric, value in stored.items() if metric not in result.metrics}}
+
+
+def _add_slices(section: Section, recorded: Mapping[str, Any], system: str, name: str) -> None:
+    """What the record says of a system on slices; they need the data set, so they are not computed anew."""
+    for text, part in recorded.get("slices", {}).items():
+        known = section.slices.setdefault(text, {"users": part["users"], "examples": part["examples"], "models": {}})
+        if system in part["models"]:
+            known["models"][name] = part["models"][system]
+
+
+def slices(section: Section) -> list[dict[str, Any]]:
+    """The slices of a section: {slice, users, examples, models: {system: metrics}, names: columns of the table}."""
+    columns = shown_metrics(section)
+    return [
+        {
+            "slice": text,
+            **part,
+            "names": [name for name in columns if any(name in values for values in part["models"].values())],
+        }
+        for text, part in section.slices.items()
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from llmrec.evaluation.evaluator import EvalResult, Evaluator, results_record
 from llmrec.evaluation.pointwise import rate_results
 from llmrec.evaluation.protocol import EvalProtocol, parse_protocol
 from llmrec.evaluation.shards import ranks, wait_for_all
+from llmrec.evaluation.slices import slices_record
 from llmrec.llm.loading import name_processor_to_deepspeed, own_device
 from llmrec.recipe import EvaluateSpec, Recipe, StageSpec, part_seed
 from llmrec.recommender import (
@@ -553,10 +554,12 @@ def evaluate_run(run: Run, spec: EvaluateSpec, *, primary: bool = True) -> dict[
             )
         run.say(f"evaluating {name}: {chosen.protocol.label()}")
         results[name] = chosen.run(system, dataset, name=name)
-    return _store_evaluation(run, results, primary)
+    return _store_evaluation(run, results, primary, dataset, spec.slices)
 
 
-def _store_evaluation(run: Run, results: dict[str, EvalResult], primary: bool) -> dict[str, Any]:
+def _store_evaluation(
+    run: Run, results: dict[str, EvalResult], primary: bool, dataset: InteractionDataset, slices: list[str]
+) -> dict[str, Any]:
     """Write each protocol's predictions and metrics; the record of the system's own protocol goes to metrics.json."""
     own = results[system_name(run.recipe)]
     record: dict[str, Any] = {}
@@ -564,6 +567,8 @@ def _store_evaluation(run: Run, results: dict[str, EvalResult], primary: bool) -
         group = {name: result for name, result in results.items() if result.protocol.slug == slug}
         folder = run.folder.evaluation(slug)
         merged = {**results_record(group), "evaluation": slug, "seed": run.recipe.seed}
+        if slices:  # training events are counted in the whole data set, of which `dataset` can be a draw of users
+            merged["slices"] = slices_record(group, slices, dataset, run.dataset.context().train_counts)
         if ranks().is_first:
             for name, result in group.items():
                 result.save(folder, name)

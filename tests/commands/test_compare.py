@@ -12,6 +12,7 @@ from llmrec.commands import compare
 from llmrec.errors import CheckFailed, DataError, RecipeError
 from llmrec.evaluation.evaluator import Evaluator
 from llmrec.evaluation.protocol import EvalProtocol
+from llmrec.evaluation.tables import metric_values
 from tests.evaluation.small import ListOnly, TableScorer, random_dataset
 from tests.runs import train
 
@@ -114,6 +115,91 @@ def test_somebodys_file(folder, tmp_path, capsys):
         call(f"{folder}:random", "--predictions", path, "--dataset", other)
     with pytest.raises(RecipeError, match="needs --dataset"):
         call(f"{folder}:random", "--predictions", path)
+
+
+def by_hand(keep):
+    """Means of both systems in ndcg@10 over the users `keep` accepts, and how many there are."""
+    values = []
+    for system in (Oracle(), TableScorer(30)):
+        table = Evaluator(PROTOCOL, progress=False).run(system, DATA).predictions
+        rows = zip(table.column("user_key").to_pylist(), metric_values(table, "ndcg@10"), strict=True)
+        values.append([value for user, value in rows if keep(user)])
+    return [pytest.approx(sum(one) / len(one)) for one in values], len(values[0])
+
+
+def test_a_slice_is_compared_alone(folder, tmp_path, capsys):
+    rows = DATA.interactions.column("user").to_pylist()
+    means, users = by_hand(lambda key: rows.count(int(key[1:])) - 1 <= 5)
+    data = DATA.save(tmp_path / "data")
+    words = (f"{folder}:oracle", f"{folder}:random", "--slice", "history <= 5", "--dataset", data)
+    call(*words, "--json")
+    record = json.loads(capsys.readouterr().out)
+    assert [system["mean"] for system in record["systems"]] == means and 0 < users < 60
+    assert (record["users"], record["examples"], record["slice"]) == (users, users, "history<=5")
+    call(*words, "--slice", "target_events>=1")
+    title = " ".join(capsys.readouterr().out.split())
+    assert f"history<=5 and target_events>=1: {users} users; fingerprint" in title
+    call(*words[:2], "--json")
+    record = json.loads(capsys.readouterr().out)
+    assert record["slice"] is None and record["users"] == record["examples"] == 60
+
+
+def test_the_first_run_gives_the_data_set_of_a_slice(folder, tmp_path, capsys):
+    run = save(tmp_path / "run", {"random": TableScorer(30, seed=2)})
+    words = (f"{run}:random", f"{folder}:oracle", "--slice", "history<=5")
+    with pytest.raises(RecipeError, match="--slice needs --dataset.*holds one"):
+        call(*words)
+    DATA.save(run / "dataset")
+    assert call(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["users"] < 60
+    table = run / "evaluations" / PROTOCOL.slug / "predictions" / "random.parquet"
+    with pytest.raises(RecipeError, match="--slice needs --dataset"):
+        call(table, *words[1:])
+    other = random_dataset(seed=8).save(tmp_path / "other")
+    with pytest.raises(CheckFailed, match="give the data set of the run"):
+        call(*words, "--dataset", other)
+    with pytest.raises(RecipeError, match="'age<5' is no condition"):
+        call(*words, "--slice", "age<5")
+    with pytest.raises(DataError, match="no example lies in history<=5 and history>5"):
+        call(*words, "--slice", "history>5")
+
+
+def test_somebodys_file_on_a_slice_of_the_runs_own_data_set(folder, tmp_path, capsys):
+    run = save(tmp_path / "run", {"random": TableScorer(30)})
+    DATA.save(run / "dataset")
+    path = tmp_path / "theirs.csv"
+    path.write_text("user,items\n" + "".join(f"u{n},i1|i2\n" for n in range(1, 61)))
+    assert call(run, "--predictions", path, "--slice", "history<=5", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["systems"][1]["name"] == "theirs" and record["users"] < 60
+
+
+def test_given_users_are_compared_alone(folder, tmp_path, capsys):
+    means, users = by_hand(lambda key: key in {"u3", "u7", "u12", "u30"})
+    path = tmp_path / "cold.txt"
+    path.write_bytes("\ufeffu3\r\nu7\r\n\r\n u12\nu30\nu3".encode())
+    call(f"{folder}:oracle", f"{folder}:random", "--users", path, "--json")
+    record = json.loads(capsys.readouterr().out)
+    assert [system["mean"] for system in record["systems"]] == means and record["users"] == users == 4
+    assert record["slice"] == f"users of {path}"
+    data = DATA.save(tmp_path / "data")
+    call(f"{folder}:oracle", f"{folder}:random", "--users", path, "--slice", "history>0", "--dataset", data, "--json")
+    record = json.loads(capsys.readouterr().out)
+    assert (record["slice"], record["users"]) == (f"history>0 and users of {path}", 4)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"u1\n\nu99\n", r"cold\.txt:3: no user of this id was evaluated\n.*u99"),
+        (b"u1\nu\xff\n", r"cold\.txt:2: no user"),
+        (b"\n \n", r"cold\.txt: names no user"),
+    ],
+)
+def test_users_that_were_not_evaluated(folder, tmp_path, content, message):
+    (tmp_path / "cold.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        call(f"{folder}:oracle", f"{folder}:random", "--users", tmp_path / "cold.txt")
 
 
 def test_cuts_beyond_a_list_are_refused(folder, tmp_path):

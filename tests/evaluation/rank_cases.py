@@ -39,7 +39,8 @@ def run(case: str, folder: Path) -> dict[str, Any]:
             main(["recommend", trained, "--users", str(top / f"{name}.txt"), "-k", "3", "--out", str(folder / name)])
             for name in ("many", "one")
         ]
-        statuses.append(main(["evaluate", trained, "--split", "valid", "--protocol", "candidates-10"]))
+        words = ["--split", "valid", "--protocol", "candidates-10", "--slice", "history<=4"]
+        statuses.append(main(["evaluate", trained, *words]))
         texts = exchanged_texts()
     return {"rank": here.index, "count": here.count, "statuses": statuses, "texts": texts}
 

@@ -137,6 +137,7 @@ def test_the_page_loads_nothing_and_stays_small(written: tuple[dict, str]) -> No
     record, text = written
     page = Page(text)
     assert record["bytes"] == len(text.encode()) < 3_000_000
+    assert text.startswith("<!doctype html>") and "Slices" not in text
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
     for tag, attributes in page.tags:
@@ -208,6 +209,23 @@ def test_sample_marks_exactly_the_target(written: tuple[dict, str]) -> None:
         hits = re.findall(r'<li class="hit">(.*?) ✓</li>', card.partition('<div class="card">')[0])
         assert all(hit == target[1] for hit in hits)
         assert f"<li>{target[1]}</li>" not in card
+
+
+def test_slices_have_tables_of_their_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / n, {"model": skill}, FULL) for n, skill in (("a", 0.7), ("b", 0.2))]
+    path = RunDir(runs[1]).evaluation(FULL.slug) / "metrics.json"
+    value = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    slices = {
+        "history<=5": {"examples": 12, "users": 11, "models": {"model": {"ndcg@10": value}}},
+        "history>900": {"examples": 0, "users": 0, "models": {}},
+    }
+    write_json(path, {**json.loads(path.read_text()), "slices": slices})
+    (section,) = write_report(runs, tmp_path / "page.html")["sections"]
+    assert [part["slice"] for part in section["slices"]] == list(slices)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>history&lt;=5</b>" in text and "11 users, 12 examples" in text and "no example lies in it" in text
+    tables = [table for table in Page(text).tables if table[0][0] == "system"]
+    assert tables[1:] == [[["system", "ndcg@10"], ["tiny (2) / model", "0.2500 0.1250 … 0.5000"]]]
 
 
 def test_runs_of_one_question_share_a_table(tmp_path: Path) -> None:

@@ -107,6 +107,25 @@ def test_11_each_switch_changes_its_own_part(shop: Path) -> None:
         assert len(lines) == len(plain) + 1, f"{name}: one line more"
 
 
+def test_items_are_named_as_the_recipe_says(shop: Path) -> None:
+    """In the history and as candidates; all else stays."""
+    dataset = InteractionDataset.load(shop / "data")
+    _, processor = tiny_vlm()
+
+    def writer(**pairs: Any) -> Any:
+        recipe = raw(shop, {"show_history": 2, **pairs})
+        recipe["prompt"]["max_title_tokens"] = 500
+        return question_parts(parse_recipe(recipe), dataset, processor.tokenizer)["renderer"]
+
+    plain, named = writer(), writer(item_title="{title}[, {title}]")
+    question, longer = (processor.tokenizer.decode(each.encode([5, 2], 3).input_ids) for each in (plain, named))
+    for item in (5, 2, 3):
+        question = question.replace(plain.titles[item], f"{plain.titles[item]}, {plain.titles[item]}")
+    assert longer == question
+    with pytest.raises(RecipeError, match="nowhere"):
+        writer(item_title="{nowhere}")
+
+
 def test_summaries_of_other_data_and_pictures_that_are_not_there(shop: Path, tmp_path: Path) -> None:
     other = prepare_source("synthetic", PrepareOptions(source_options={"users": 12, "items": 20})).dataset
     other.save(tmp_path / "other")
