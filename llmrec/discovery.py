@@ -76,7 +76,7 @@ def names(kind: str) -> dict[str, str]:
     found = {}
     for path in sorted((_ROOT / KINDS[kind]).glob("*.py")):
         tree = _parsed(path)
-        if path.stem not in {"__init__", "base"} and _defines(tree, kind):
+        if path.stem != "__init__" and not path.stem.endswith("base") and _defines(tree, kind):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 

@@ -10,7 +10,7 @@ averaged once and kept, and only identities are propagated in every step.
 
 Departures besides: layers weigh the same, as in the paper's experiments; trained by the strategy `edges` (BCE) instead
 of BPR, so that it is compared with SSR on one objective; evaluated as an inductive model: a history is a new user node
-linked to its items (`encoders.base.GraphEncoder`).
+linked to its items (`encoders.graph_base.GraphEncoder`).
 
 Shapes: N = U + I nodes, M signals, D = M d (concat) or d (sum).
 """
@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec.encoders.base import EdgeScores, GraphEncoder, GraphEncoderConfig, SequenceEncoder, register
+from llmrec.encoders.base import SequenceEncoder, register
+from llmrec.encoders.graph_base import EdgeScores, GraphEncoder, GraphEncoderConfig
 from llmrec.errors import RecipeError
 from llmrec.paper import Paper
 

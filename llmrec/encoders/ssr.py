@@ -17,8 +17,8 @@ a companion model of the authors) has a two-layer map and free user rows, decomp
 
 An item without a level has a zero row in that signal, so that what stands in its place plays no part; its bands hold
 what the graph brings, and it is left out of the contrast. With one content level, that level is aligned with the
-identity (ours). As a sequence encoder, a history is a new user node (`encoders.base.GraphEncoder`); `gates` are the
-mean band gates of its items (ours).
+identity (ours). As a sequence encoder, a history is a new user node (`encoders.graph_base.GraphEncoder`); `gates` are
+the mean band gates of its items (ours).
 
 Shapes: N = U + I nodes, M signals (identity first), bands [n, B, M, d], Z [n, M d], gates [n, B, M].
 """
@@ -40,14 +40,8 @@ from llmrec.blocks.graph_signals import (
     new_nodes,
     running_nodes,
 )
-from llmrec.encoders.base import (
-    EdgeScores,
-    GraphEncoder,
-    GraphEncoderConfig,
-    SequenceEncoder,
-    SequenceEncoderConfig,
-    register,
-)
+from llmrec.encoders.base import SequenceEncoder, SequenceEncoderConfig, register
+from llmrec.encoders.graph_base import EdgeScores, GraphEncoder, GraphEncoderConfig
 from llmrec.errors import RecipeError
 from llmrec.paper import Paper
 

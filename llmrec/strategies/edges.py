@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmrec.blocks.losses import binary_cross_entropy, draw_negatives, mean_scores
-from llmrec.encoders.base import GraphEncoder
+from llmrec.encoders.graph_base import GraphEncoder
 from llmrec.errors import DataError, RecipeError
 from llmrec.paper import Paper
 from llmrec.strategies.base import StepInfo, StepLoss, TrainContext, TrainingStrategy

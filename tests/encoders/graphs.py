@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llmrec.data.schema import DataContext, ItemFeatures
-from llmrec.encoders.base import GraphEncoder
+from llmrec.encoders.graph_base import GraphEncoder
 from llmrec.strategies.base import StepInfo, TrainContext
 from llmrec.strategies.edges import Edges
 from llmrec.strategies.next_item import NextItem
