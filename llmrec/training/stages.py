@@ -465,7 +465,8 @@ def _validation(run: Run, part: Any, stage: StageSpec, labelled: bool) -> Callab
 
     if not np.any(run.dataset.split_codes == SPLITS.index("valid")):
         return None
-    known = run.dataset if stage.train == "encoder" else _asked_users(run, "valid")
+    never = stage.training_arguments.get("eval_strategy") == "no"  # and then nobody needs a summary
+    known = run.dataset if stage.train == "encoder" or never else _asked_users(run, "valid")
     dataset = _some_users(known, stage.eval_users, run.seed_of("validation"))
     spec = run.recipe.evaluate
     cut = stage.metric.rpartition("@")[2]

@@ -107,6 +107,15 @@ def test_11_each_switch_changes_its_own_part(shop: Path) -> None:
         assert len(lines) == len(plain) + 1, f"{name}: one line more"
 
 
+def test_validation_takes_summaries_only_where_it_is_asked_for(shop: Path, tmp_path: Path) -> None:
+    words = ["summarize", shop / "data", "--users", "attributes", "--split", "train", "test", "--out", tmp_path / "texts"]
+    assert main([str(word) for word in words]) == 0
+    pairs = {"summaries": str(tmp_path / "texts")}
+    with pytest.raises(DataError, match="(?s)'valid'.*--split valid"):
+        run(raw(shop, pairs, stages=[{**STAGE, "eval_strategy": "epoch"}]), tmp_path / "validated")
+    assert "auc" in run(raw(shop, pairs, stages=[{**STAGE, "eval_strategy": "no"}]), tmp_path / "run")["models"]["lora"]
+
+
 def test_items_are_named_as_the_recipe_says(shop: Path) -> None:
     """In the history and as candidates; all else stays."""
     dataset = InteractionDataset.load(shop / "data")
