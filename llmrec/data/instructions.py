@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmrec.data.item_text import title_texts
+from llmrec.data.negatives import TrainingHistories
 from llmrec.data.prompt_encoder import IGNORED, EncodedPrompt, PromptEncoder, PromptOptions
 from llmrec.data.prompt_tokens import filler_id
 from llmrec.data.prompts import PromptTemplate
-from llmrec.data.schema import ITEM, SPLITS
 from llmrec.data.sequences import SequenceCollator, SequenceExamples
 from llmrec.errors import DataError, RecipeError
 
@@ -71,9 +71,7 @@ class InstructionExamples:
         self.variants = options.chosen_variants(self.template)
         self.tokenizer, self.epoch = tokenizer, 0
         self._num_items = dataset.num_items
-        self._user_offsets = dataset.user_offsets
-        self._items = dataset.column(ITEM)
-        self._in_training = dataset.split_codes == SPLITS.index("train")
+        self._histories = TrainingHistories(dataset)
         self._encoder: tuple[PreTrainedTokenizerBase, PromptEncoder] | None = None
         self._title_tokens: np.ndarray | None = None
 
@@ -173,8 +171,7 @@ class InstructionExamples:
     def _draw_candidates(self, row: dict[str, Any]) -> np.ndarray:
         size = int(self.options.candidates or 0)
         target = int(row["targets"][-1])
-        events = slice(self._user_offsets[row["user_id"]], self._user_offsets[row["user_id"] + 1])
-        known = set(self._items[events][self._in_training[events]].tolist()) | set(row["seen"].tolist()) | {target}
+        known = self._histories.met(row)
         free = self._num_items - len(known)
         if free < size - 1:
             raise DataError(

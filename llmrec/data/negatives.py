@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.leaks import CandidateLists
-from llmrec.data.schema import ITEM, USER
+from llmrec.data.schema import ITEM, SPLITS, USER
 from llmrec.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +29,28 @@ _ROUNDS = 4
 _CHUNK_CELLS = 4_000_000
 # Streams of one row: places of targets, sequential draws, keys of the exact completion.
 _PLACE, _DRAW, _KEY = (np.uint64(n) for n in (0x50, 0xD1, 0x4B))
+
+
+class TrainingHistories:
+    """What each user met in the training split, for drawing other items into prompts of training.
+
+    Args:
+        dataset: Supplies the events.
+    """
+
+    def __init__(self, dataset: InteractionDataset) -> None:
+        self._offsets, self._items = dataset.user_offsets, dataset.column(ITEM)
+        self._in_training = dataset.split_codes == SPLITS.index("train")
+
+    def met(self, row: dict[str, Any]) -> set[int]:
+        """Items that are no negatives of an example: of the user's training, of its history, and its target.
+
+        Args:
+            row: Of `SequenceExamples`, with one target.
+        """
+        events = slice(self._offsets[row["user_id"]], self._offsets[row["user_id"] + 1])
+        training = self._items[events][self._in_training[events]]
+        return {*training.tolist(), *row["seen"].tolist(), int(row["targets"][-1])}
 
 
 def candidate_lists(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llmrec.data.negatives import TrainingHistories
 from llmrec.data.prompt_encoder import IGNORED
 from llmrec.data.prompt_tokens import PieceTokenizer
 from llmrec.data.prompts import PromptTemplate, SlotMarks, SlotRef, plain_text
@@ -297,16 +298,12 @@ class PairExamples:
             targets = zip(examples.users.tolist(), (examples.end - examples.first).tolist(), strict=True)
             examples = examples.subset(np.flatnonzero([target in encoder.preferences for target in targets]))
         self.examples, self.encoder, self.seed, self.epoch = examples, encoder, seed, 0
-        context = dataset.context()
         weights = np.ones(dataset.num_items + 1)
         if encoder.options.negative_kind == "popularity":
-            weights = context.train_counts.astype(np.float64)
+            weights = dataset.context().train_counts.astype(np.float64)
         weights[0] = 0.0
         self._cumulated = np.cumsum(weights)
-        edges = context.train_edges
-        order = np.lexsort((edges[1], edges[0]))
-        self._met = edges[1][order]
-        self._first = np.searchsorted(edges[0][order], np.arange(dataset.num_users + 2))
+        self._histories = TrainingHistories(dataset)
         self._index = np.arange(len(examples) * self._per_target, dtype=np.int64)
 
     @property
@@ -355,8 +352,7 @@ class PairExamples:
     def _negatives(self, row: dict[str, Any], target: int) -> np.ndarray:
         """The items drawn for a target, none twice."""
         user, count = row["user_id"], self.encoder.options.negatives
-        known = set(self._met[self._first[user] : self._first[user + 1]].tolist()) | set(row["seen"].tolist())
-        known |= {target}
+        known = self._histories.met(row)
         generator, total = self._generator(row["example_id"], _NEGATIVES), self._cumulated[-1]
         chosen: list[int] = []
         for _ in range(1000 * count):
