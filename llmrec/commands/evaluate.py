@@ -15,7 +15,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("valid", "test", "test_lapse"), help="which targets (default: the recipe's)"
     )
-    parser.add_argument("--protocol", metavar="full|candidates-C", help="default: the recipe's")
+    parser.add_argument(
+        "--protocol",
+        metavar="full|candidates-C",
+        help="default: the recipe's; candidates-C-popularity (or -uniform) also says how they are drawn",
+    )
     parser.add_argument("--mode", choices=("score", "generate"), help="default: the recipe's")
     parser.add_argument("--seeds", help="draws of candidates, such as 42,43,44")
     parser.add_argument("--baselines", help="measured beside the system, such as popularity,itemknn,encoder")
@@ -42,14 +46,17 @@ def run(args: Namespace) -> int:
 
         relaunch(args.argv, args.launcher)
     from llmrec.commands.output import emit, note
+    from llmrec.evaluation.protocol import KINDS
     from llmrec.evaluation.results import results_tables
     from llmrec.evaluation.shards import joined
     from llmrec.recipe import parse_recipe
     from llmrec.training.stages import evaluate_run, open_run
 
+    kind = (args.protocol or "").rpartition("-")[2]
     changes: dict[str, Any] = {
         "split": args.split,
         "protocol": args.protocol,
+        "candidate_kind": kind if kind in KINDS else None,  # what is asked for here wins over the recipe
         "mode": args.mode,
         "seeds": [int(seed) for seed in args.seeds.split(",")] if args.seeds else None,
         "baselines": args.baselines.split(",") if args.baselines else None,

@@ -40,6 +40,12 @@ def test_candidates_go_to_a_folder_of_their_own(run: Path, capsys: pytest.Captur
     assert record["fingerprint"] != json.loads(before)["fingerprint"]
 
 
+def test_the_command_says_how_candidates_are_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("popularity", "uniform"):
+        record = measure(capsys, run, "--protocol", f"candidates-20-{kind}")
+        assert record["protocol_fields"]["kind"] == kind and record["evaluation"] == f"test-candidates-20-{kind}"
+
+
 def test_the_same_protocol_gives_the_same_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = json.loads((run / "metrics.json").read_text())
     record = measure(capsys, run)

@@ -108,8 +108,8 @@ def test_11_each_switch_changes_its_own_part(shop: Path) -> None:
 
 
 def test_validation_takes_summaries_only_where_it_is_asked_for(shop: Path, tmp_path: Path) -> None:
-    words = ["summarize", shop / "data", "--users", "attributes", "--split", "train", "test", "--out", tmp_path / "texts"]
-    assert main([str(word) for word in words]) == 0
+    words = ["summarize", shop / "data", "--users", "attributes", "--out", tmp_path / "texts"]
+    assert main([*map(str, words), "--split", "train", "test"]) == 0
     pairs = {"summaries": str(tmp_path / "texts")}
     with pytest.raises(DataError, match="(?s)'valid'.*--split valid"):
         run(raw(shop, pairs, stages=[{**STAGE, "eval_strategy": "epoch"}]), tmp_path / "validated")
