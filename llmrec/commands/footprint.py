@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.commands.launch import Profile
-from llmrec.errors import CheckpointError
+from llmrec.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from llmrec.llm.memory import MemoryEstimate, Setting
@@ -144,6 +144,7 @@ def stage_setting(
 
     prompt, llm = recipe.prompt, recipe.llm
     assert prompt is not None and llm is not None
+    _check_room_for_pictures(prompt, config)
     text = config.get_text_config()
     windows = prompt.style == "item_codes" and not prompt.tasks
     dense = prompt.style == "item_slots" or windows
@@ -201,6 +202,15 @@ def _worded_sizes(recipe: Recipe, vocabulary: int) -> dict[str, int]:
     length = prompt.max_length or FRAME_TOKENS + shown * (title + 2)
     slots = shown if prompt.style == "hybrid" else 0
     return {"length": length, "places": title + 1, "slots": slots, "classes": vocabulary}
+
+
+def _check_room_for_pictures(prompt: PromptSpec, config: Any) -> None:
+    least = getattr(config, "image_seq_length", None)  # of one tile; a picture may be cut into several
+    if prompt.pairs is not None and prompt.pairs.pictures and least and (prompt.max_length or least + 1) <= least:
+        raise RecipeError(
+            f"prompt.max_length: found {prompt.max_length}, expected more than the {least} tokens that a picture takes "
+            f"at least with a model of type {config.model_type!r}: pictures are never cut; leave max_length out"
+        )
 
 
 def _question_tokens(prompt: PromptSpec, title: int) -> int:

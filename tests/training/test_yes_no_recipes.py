@@ -189,3 +189,5 @@ def test_check_says_what_a_real_vision_model_needs(shop: Path, tmp_path: Path, c
     assert record["llm parameters"] > 6e9 and record["memory"]["bytes"]["weights"] > 12 * 2**30, "7B in bfloat16"
     assert record["trainable in the LLM"] == 32 * 2 * 4 * (4096 + 4096), "32 layers, two matrices each, none elsewhere"
     assert "[picture]" in record["prompt"]
+    assert main(["check", str(tmp_path / "recipe.yaml"), "--set", "prompt.max_length=320"]) == 2
+    assert "found 320, expected more than the 576 tokens that a picture takes" in capsys.readouterr().err
