@@ -205,8 +205,10 @@ def _worded_sizes(recipe: Recipe, vocabulary: int) -> dict[str, int]:
 
 
 def _check_room_for_pictures(prompt: PromptSpec, config: Any) -> None:
-    least = getattr(config, "image_seq_length", None)  # of one tile; a picture may be cut into several
-    if prompt.pairs is not None and prompt.pairs.pictures and least and (prompt.max_length or least + 1) <= least:
+    if prompt.pairs is None or not prompt.pairs.pictures or prompt.max_length is None:
+        return
+    least = getattr(config, "image_seq_length", 0)  # of one tile; a picture may be cut into several
+    if prompt.max_length <= least:
         raise RecipeError(
             f"prompt.max_length: found {prompt.max_length}, expected more than the {least} tokens that a picture takes "
             f"at least with a model of type {config.model_type!r}: pictures are never cut; leave max_length out"
